@@ -1,0 +1,243 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.errors import UserError
+
+app = typer.Typer(
+    name="pipeline",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="""Train transformer language models without gradients.
+
+\b
+  pipeline run --optimizer nevergrad:OnePlusOne
+  pipeline run --optimizer spsa,directions=16 -S finetune.space=biases --forward-passes 2000
+  pipeline run --train my.csv --test my2.csv --text review --label stars
+  pipeline replay spsa-1
+  pipeline ui
+
+`dvc repro` runs the same stages with params.yaml.
+""",
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Set a parameter; may be repeated."),
+]
+
+
+@app.command()
+def run(
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="backend[:Name][,key=value…] for the finetune stage.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR|ID", help="Model directory, hub id or package:NAME.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="classification, or none to pretrain only.")] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Labelled text: CSV, TSV, JSONL, Parquet, …")
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Else held out of the training text.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Else held out of the training text.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column that holds the text.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column that holds the label.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters; else params.yaml.")] = None,
+    set_: Set = None,
+    forward_passes: Annotated[
+        int | None, typer.Option(metavar="N", help="Budget of the finetune stage.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The experiment's seed.")] = None,
+    first: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="First stage; needs --name.")
+    ] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Last stage.")] = None,
+    name: Annotated[str | None, typer.Option(help="The run's folder under runs/.")] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Majority, zero-shot, linear probe, AdamW.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Run prepare → pretrain → finetune → evaluate into runs/NAME.
+
+    \b
+    pipeline run --optimizer nevergrad:OnePlusOne --forward-passes 400
+    pipeline run --optimizer cmaes:SepCMA --seed 1 --no-baselines
+    pipeline run --name mine --to pretrain && pipeline run --name mine --from finetune
+    """
+    from pipeline import runs
+    from pipeline.layout import Layout
+
+    files = {"train": train, "validation": validation, "test": test, "text": text, "label": label}
+    chosen = _configure(
+        config,
+        files,
+        {
+            "finetune.optimizer": optimizer,
+            "model": model,
+            "prepare.task": task,
+            "finetune.forward_passes": forward_passes,
+            "seed": seed,
+            "evaluate.baselines": None if baselines else False,
+        },
+        set_ or [],
+    )
+    stages = runs.stages_between(first, last)
+    if first and first != "prepare" and name is None:
+        raise UserError(f"--from {first} goes on with a run: name it with --name")
+    runs.preflight(chosen)
+    layout = Layout(runs.folder(name, chosen))
+    if dry_run:
+        typer.echo(runs.plan(chosen, layout, stages), nl=False)
+        return
+    runs.execute(chosen, layout, stages)
+    typer.echo(f"\n{_shown(layout.root)}: metrics.json, report.md, plots/. Review: pipeline ui")
+
+
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="A run's name or folder; '.' is the last dvc repro.")],
+    stage: Annotated[
+        str | None, typer.Option(help="pretrain or finetune; else both, as far as there are.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save the rebuilt model here; needs --stage.")
+    ] = None,
+) -> None:
+    """Rebuild a run's final weights from its trajectory, bit for bit, without a forward pass.
+
+    \b
+    pipeline replay spsa-1
+    pipeline replay . --stage finetune --out rebuilt/
+    """
+    from pipeline import runs
+    from pipeline.replay import STAGES
+    from pipeline.replay import replay as rebuild
+    from pipeline.trajectory import FILE
+
+    layout = runs.find(run)
+    if stage is not None and stage not in STAGES:
+        from pipeline.errors import unknown
+
+        raise unknown("stage", stage, STAGES)
+    if out and not stage:
+        raise UserError("--out needs --stage pretrain or --stage finetune")
+    folders = {"pretrain": layout.pretrained, "finetune": layout.finetuned}
+    chosen = [stage] if stage else [s for s in STAGES if (folders[s] / FILE).is_file()]
+    if not chosen:
+        raise UserError(f"{_shown(layout.root)} holds no trajectory yet")
+    for each in chosen:
+        done = rebuild(layout, each, out)
+        typer.echo(
+            f"{each}: {done.steps:,} steps from {done.bytes / 1024:,.0f} KB, "
+            f"weights {done.digest[:16]}: identical to the run's"
+        )
+
+
+@app.command()
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the installed optimizers with their distribution and version, without importing one."""
+    from pipeline.registry import plugins as installed
+
+    rows = [(p.name, p.distribution, p.version, p.target) for p in installed()]
+    if as_json:
+        import json
+
+        keys = ("name", "distribution", "version", "target")
+        typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
+        return
+    table = [("optimizer", "distribution", "version", "object"), *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(3)]
+    for row in table:
+        typer.echo(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        )
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="The next free port is taken if this one is not.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option("--open", help="Open the browser.")] = False,
+) -> None:
+    """Open the review of every run in MLflow."""
+    from pipeline.ui import serve
+
+    serve(port=port, host=host, open_browser=browser)
+
+
+def _configure(
+    file: Path | None, files: dict[str, str | None], flags: dict[str, Any], assignments: list[str]
+) -> Any:
+    """Parameters of a run: the file's, then the user's data, then flags, then ``-S``.
+
+    ``--train`` replaces the data as a whole: the default's label descriptions and corpora are not its own.
+    """
+    from pipeline import config as configuration
+    from pipeline.layout import project_root
+
+    default = project_root() / "params.yaml"
+    if file is None and not default.is_file():
+        chosen = configuration.Config()
+    else:
+        chosen = configuration.read(file or default)
+    applied: dict[str, Any] = {}
+    if files["train"] is not None:
+        applied = {f"prepare.{key}": None for key in ("validation", "test", "text", "label")}
+        applied |= {"prepare.corpus": ["task"], "finetune.descriptions": None}
+    for key, value in files.items():
+        if value is not None:
+            applied[f"prepare.{key}"] = value if key in ("text", "label") else _absolute(value)
+    applied |= {key: value for key, value in flags.items() if value is not None}
+    chosen = configuration.updated(chosen, applied, source="pipeline run")
+    return configuration.override(chosen, assignments)
+
+
+def _absolute(source: str) -> str:
+    """Files are meant from where the user stands; runs live elsewhere."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be said."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def guarded(action: Callable[[], object]) -> None:
+    """Runs ``action``; what a user can mend becomes one line and exit status 2, Ctrl-C status 130."""
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """The ``pipeline`` command."""
+    guarded(app)

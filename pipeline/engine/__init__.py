@@ -1,0 +1,1 @@
+"""Scoring candidates with forward passes, in the cheapest way that is exact."""

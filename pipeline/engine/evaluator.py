@@ -1,0 +1,139 @@
+"""Scores an optimizer's candidates on one batch, counts what that costs, and notes what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.onthefly import OnTheFly
+from pipeline.noise import derive
+from pipeline.objective import cross_entropy
+from pipeline.optimizer import Candidate
+from pipeline.space import Space
+from pipeline.tasks.base import Batch, TaskModel
+
+
+class BudgetSpent(Exception):
+    """The next candidates would cost more forward passes than are left. Nothing was scored."""
+
+
+@dataclass
+class StepRecord:
+    """What is needed to redo a step without the model: its moves along seeds, or the losses it was told."""
+
+    losses: list[list[float]] = field(default_factory=list)
+    moves: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Engine:
+    """Binds batches to evaluators for one model, space and budget."""
+
+    def __init__(self, model: TaskModel, space: Space, budget: int, run_seed: int) -> None:
+        self.model = model.eval()
+        self.space = space
+        self.budget = budget
+        self.run_seed = run_seed
+        self.forward_passes = 0
+        self._hooks = OnTheFly(model, space)
+        head = {id(parameter) for parameter in model.head_parameters()}
+        self._head_only = all(id(searched.parameter) in head for searched in space.tensors)
+        self._kept: dict[int, Tensor] = {}
+
+    def bind(self, batch: Batch, step: int) -> BatchEvaluator:
+        """An evaluator for one step's batch."""
+        return BatchEvaluator(self, batch.to(self.space.device), step)
+
+    def close(self) -> None:
+        """Leaves the model as it was found, at its current weights."""
+        self._hooks.close()
+
+    def spend(self, passes: int) -> None:
+        """Counts forward passes before they are made.
+
+        Raises:
+            BudgetSpent: more than are left.
+        """
+        if self.forward_passes + passes > self.budget:
+            raise BudgetSpent
+        self.forward_passes += passes
+
+    @torch.inference_mode()
+    def losses(self, batch: Batch, candidates: Sequence[Candidate]) -> list[float]:
+        """The objective at each candidate. A search of the head alone computes the features once."""
+        self.spend(len(candidates))
+        features = self._features(batch) if self._head_only else None
+        losses = []
+        for candidate in candidates:
+            with self._hooks.at(candidate):
+                logits = self.model(batch) if features is None else self.model.outputs(features)
+            losses.append(cross_entropy(logits, batch.targets))
+        return [float(loss) for loss in torch.stack(losses).cpu()]
+
+    def gradient(self, batch: Batch, step: int) -> tuple[float, list[Tensor]]:
+        """The loss and its gradient, with dropout as in training; counts as three forward passes."""
+        self.spend(3)
+        tensors = [searched.parameter for searched in self.space.tensors]
+        cuda = [self.space.device] if self.space.device.type == "cuda" else []
+        with torch.enable_grad(), torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(derive(self.run_seed, 4, step))
+            self.model.train()
+            try:
+                loss = cross_entropy(self.model(batch), batch.targets)
+                gradients = torch.autograd.grad(loss, tensors)
+            finally:
+                self.model.eval()
+        return float(loss.detach()), list(gradients)
+
+    def _features(self, batch: Batch) -> Tensor:
+        """What the head reads. Rows of a data set are computed once and kept; drawn inputs are not kept."""
+        if batch.examples is None:
+            return self.model.features(batch)
+        missing = [i for i, example in enumerate(batch.examples) if example not in self._kept]
+        if missing:
+            rows = torch.tensor(missing, device=batch.targets.device)
+            inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
+            examples = tuple(batch.examples[i] for i in missing)
+            computed = self.model.features(Batch(inputs, batch.targets[rows], examples=examples))
+            self._kept.update(zip(examples, computed, strict=True))
+        return torch.stack([self._kept[example] for example in batch.examples])
+
+
+class BatchEvaluator:
+    """The `Evaluator` of one step."""
+
+    def __init__(self, engine: Engine, batch: Batch, step: int) -> None:
+        self._engine = engine
+        self._batch = batch
+        self._step = step
+        self.record = StepRecord()
+
+    def losses(self, candidates: Sequence[Candidate]) -> list[float]:
+        losses = self._engine.losses(self._batch, candidates)
+        self.record.losses.append(losses)
+        return losses
+
+    def move(
+        self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float = 0.0
+    ) -> None:
+        self._engine.space.move(seeds, coefficients, distribution, decay)
+        self.record.moves.append(
+            {
+                "seeds": list(seeds),
+                "coefficients": list(coefficients),
+                "distribution": distribution,
+                "decay": decay,
+            }
+        )
+
+    def place(self, coordinates: Tensor) -> None:
+        self._engine.space.place(coordinates)
+
+    def gradient(self) -> tuple[float, list[Tensor]]:
+        return self._engine.gradient(self._batch, self._step)
+
+    def tensors(self) -> list[Tensor]:
+        return [searched.parameter for searched in self._engine.space.tensors]

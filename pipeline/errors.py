@@ -1,0 +1,26 @@
+"""The one exception that means "the user can mend this": one line, exit status 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """What is wrong, where, and what to do about it, in one line."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint such as ``; did you mean 'spsa'?`` for a misspelt ``word``, or ``""`` when nothing is near."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean '{by_lower[close[0]]}'?" if close else ""
+
+
+def unknown(kind: str, word: str, choices: Iterable[str]) -> UserError:
+    """The error for a ``word`` that is not among ``choices``: the nearest one, or all of a short list."""
+    choices = sorted(choices)
+    hint = nearest(word, choices)
+    if not hint and len(choices) <= 20:
+        hint = f"; choose one of {', '.join(choices)}"
+    return UserError(f"unknown {kind} '{word}'{hint}")

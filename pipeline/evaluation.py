@@ -1,0 +1,80 @@
+"""Held-out figures with intervals, and the yardsticks a result stands beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.objective import cross_entropy
+from pipeline.tasks.base import Batch, TaskModel
+from pipeline.tasks.classification import ClassificationData
+
+
+@torch.inference_mode()
+def losses_and_hits(model: TaskModel, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """Per target, in the batches' order: its loss in nats (float32) and whether it was predicted (bool)."""
+    device = next(model.parameters()).device
+    losses, hits = [], []
+    for batch in batches:
+        batch = batch.to(device)
+        logits = model(batch).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none").cpu())
+        hits.append((logits.argmax(-1) == batch.targets).cpu())
+    return torch.cat(losses), torch.cat(hits)
+
+
+def measure(model: TaskModel, batches: Sequence[Batch]) -> dict[str, float]:
+    """``loss`` (nats) and ``accuracy`` over all targets."""
+    losses, hits = losses_and_hits(model, batches)
+    return {"loss": float(losses.double().mean()), "accuracy": float(hits.double().mean())}
+
+
+def measure_with_interval(model: TaskModel, batches: Sequence[Batch]) -> dict[str, float]:
+    """`measure`, with ``accuracy_low`` and ``accuracy_high``."""
+    losses, hits = losses_and_hits(model, batches)
+    return {"loss": float(losses.double().mean()), **accuracy(hits.numpy())}
+
+
+def accuracy(hits: np.ndarray) -> dict[str, float]:
+    """Share of ``hits`` (bool ``[examples]``) with its 95% Wilson interval (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
+    return {
+        "accuracy": float(hits.mean()),
+        "accuracy_low": float(interval.low),
+        "accuracy_high": float(interval.high),
+    }
+
+
+def majority(train: ClassificationData, test: ClassificationData) -> dict[str, float]:
+    """Always the most frequent label of the training split."""
+    most = np.bincount(train.labels).argmax()
+    return accuracy(test.labels == most)
+
+
+def linear_probe(
+    model: TaskModel, train: ClassificationData, validation: ClassificationData, test: ClassificationData
+) -> dict[str, float]:
+    """Logistic regression on frozen features; its regularisation is chosen on the validation split."""
+    from sklearn.linear_model import LogisticRegression
+
+    (x, y), (xv, yv), (xt, yt) = (_features(model, split) for split in (train, validation, test))
+    fits = [LogisticRegression(C=c, max_iter=2000).fit(x, y) for c in (1e-3, 1e-2, 1e-1, 1.0)]
+    best = max(fits, key=lambda fit: float(fit.score(xv, yv)))
+    logits = torch.from_numpy(best.predict_log_proba(xt))
+    loss = cross_entropy(logits, torch.from_numpy(np.searchsorted(best.classes_, yt)))
+    return {"loss": float(loss), **accuracy(best.predict(xt) == yt)}
+
+
+@torch.inference_mode()
+def _features(model: TaskModel, data: ClassificationData) -> tuple[np.ndarray, np.ndarray]:
+    device = next(model.parameters()).device
+    features, labels = [], []
+    for batch in data.by_length(64):
+        features.append(model.features(batch.to(device)).float().cpu())
+        labels.append(batch.targets)
+    return torch.cat(features).numpy(), torch.cat(labels).numpy()

@@ -1,0 +1,71 @@
+"""Where everything lies. Directories are the contract between stages; only this module names them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of one run below ``root``: the project for ``dvc repro``, ``runs/<name>`` otherwise."""
+
+    root: Path
+
+    @property
+    def prepared(self) -> Path:
+        """``task/`` and ``corpus/`` (saved datasets), ``card.json`` and ``card.md``."""
+        return self.root / "data" / "prepared"
+
+    @property
+    def pretrained(self) -> Path:
+        """The model after pretraining (``save_pretrained``), ``trajectory.jsonl``, ``metrics.json``."""
+        return self.root / "models" / "pretrained"
+
+    @property
+    def finetuned(self) -> Path:
+        """The model after fine-tuning, ``trajectory.jsonl``, ``metrics.json``."""
+        return self.root / "models" / "finetuned"
+
+    @property
+    def metrics(self) -> Path:
+        """The flat verdict of the run."""
+        return self.root / "metrics.json"
+
+    @property
+    def plots(self) -> Path:
+        """Pictures, and the curves as CSV files for ``dvc plots``."""
+        return self.root / "plots"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.md"
+
+    @property
+    def params(self) -> Path:
+        """The configuration as used."""
+        return self.root / "params.yaml"
+
+
+def project_root() -> Path:
+    """The project that commands work in, whatever the working directory.
+
+    ``PIPELINE_HOME`` if set; else the nearest folder upward that holds ``dvc.yaml`` and ``params.yaml``; else
+    the checkout this package is installed from; else the working directory.
+    """
+    if home := os.environ.get("PIPELINE_HOME"):
+        return Path(home).resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
+        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
+            return folder
+    return here
+
+
+def cache_dir() -> Path:
+    """Where fetched packages are kept between runs: ``PIPELINE_CACHE``, or a folder of the user's cache."""
+    if cache := os.environ.get("PIPELINE_CACHE"):
+        return Path(cache)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gradient-free-pipeline"

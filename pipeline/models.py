@@ -1,0 +1,194 @@
+"""Models of the Hugging Face world: found, loaded (safetensors only), adapted, saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first of CUDA, MPS and CPU that is there.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device '{name}' on this machine; try device=auto or cpu") from error
+    return device
+
+
+def locate(reference: str) -> str:
+    """A local directory for ``package:NAME`` or a path; anything else is returned as a hub id.
+
+    Raises:
+        UserError: a path that does not exist or holds no model.
+    """
+    if reference.startswith("package:"):
+        from pipeline.data.packages import model_dir
+
+        return str(model_dir(reference.removeprefix("package:")))
+    path = Path(reference)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} holds no model: it has no config.json")
+        return str(path)
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
+        raise UserError(f"no model directory at {reference}")
+    return reference
+
+
+def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a model, with a padding token."""
+    from transformers import AutoTokenizer
+
+    with _loading(location):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_encoder(location: str) -> PreTrainedModel:
+    """The model without a head, float32, in eval mode."""
+    from transformers import AutoConfig, AutoModel
+
+    with _loading(location):
+        options: dict[str, Any] = {}
+        # a pooler that nothing reads would be searched for nothing
+        if AutoConfig.from_pretrained(location).model_type in ("bert", "roberta", "xlm-roberta"):
+            options["add_pooling_layer"] = False
+        model: PreTrainedModel = AutoModel.from_pretrained(
+            location, use_safetensors=True, dtype=torch.float32, **options
+        )
+    model.eval()
+    return model
+
+
+def load_language_model(location: str, objective: str, seed: int) -> PreTrainedModel:
+    """The model with its language-modelling head, float32, in eval mode.
+
+    ``objective`` is ``mlm`` or ``clm``. Parts the checkpoint lacks, such as a head that was never trained,
+    are drawn from ``seed``.
+
+    Raises:
+        UserError: the model cannot be loaded, or has no such head.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    auto = AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
+    with _loading(location), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = auto.from_pretrained(location, use_safetensors=True, dtype=torch.float32)
+    model.eval()
+    return model
+
+
+def self_supervised_objective(location: str) -> str:
+    """``clm`` for a decoder, ``mlm`` for an encoder: what the model's architecture is for."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    with _loading(location):
+        config = AutoConfig.from_pretrained(location)
+    names = [*(config.architectures or ())]
+    if any(name.endswith(("CausalLM", "LMHeadModel")) for name in names):
+        return "clm"
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "mlm"
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "clm"
+    raise UserError(
+        f"{location} ({config.model_type}) has neither a masked nor a causal language-modelling head"
+    )
+
+
+@contextmanager
+def _loading(location: str) -> Iterator[None]:
+    """Loads without the library's progress bars and reports; its errors become one line."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        offline = (
+            " (no such directory here, and the hub was not reached)" if not os.path.isdir(location) else ""
+        )
+        raise UserError(f"cannot load the model '{location}'{offline}: {first}") from error
+    finally:
+        logging.set_verbosity(level)
+
+
+def with_lora(encoder: nn.Module, rank: int, seed: int) -> None:
+    """Injects PEFT's LoRA factors on every linear layer of ``encoder``, in place; its output stays the same.
+
+    The scale α/r is 1. A is drawn from ``seed``, B is zero.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    names = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, fan_in_fan_out=_is_conv(encoder))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, encoder)
+    encoder.eval()
+
+
+def _is_conv(encoder: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in encoder.modules())
+
+
+def save_lora(encoder: nn.Module, folder: Path, base: str, rank: int) -> None:
+    """Writes the factors as a PEFT adapter directory, which ``PeftModel.from_pretrained`` loads."""
+    from peft import LoraConfig, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = get_peft_model_state_dict(encoder)
+    modules = sorted({name.split(".lora_")[0] for name in state})
+    folder.mkdir(parents=True, exist_ok=True)
+    LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=modules,
+        fan_in_fan_out=_is_conv(encoder),
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def merge_lora(encoder: nn.Module) -> None:
+    """Adds the factors' product to the weights and takes the factors off, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(encoder.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent = encoder.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module.get_base_layer())

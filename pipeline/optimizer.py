@@ -1,0 +1,156 @@
+"""The two protocols an optimizer may fill in, and what passes between it and the engine.
+
+Training without gradients is one loop: ask for candidate points, score them on a batch with forward passes,
+tell the scores, move. An `Optimizer` owns its step and drives an `Evaluator` bound to that step's batch.
+A population method fills in the smaller `AskTell` instead; `AskTellOptimizer` adapts it, once, here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """The current point plus ``scale`` times the direction of ``seed``: θ + scale · z(seed).
+
+    ``distribution`` names the law of z: ``rademacher``, ``gaussian`` or ``sphere`` (see `pipeline.noise`).
+    """
+
+    seed: int
+    scale: float
+    distribution: str = "rademacher"
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """The start point displaced by ``coordinates``: float32 ``[size]``, in the space's own coordinates."""
+
+    coordinates: Tensor
+
+
+Candidate = Seeded | Explicit
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an optimizer is told about what it searches; it never sees the model.
+
+    ``size`` is the number of coordinates d; ``space`` its kind (``full``, ``biases``, ``head``, ``lora``,
+    ``projection``); ``forward_passes`` the whole budget; ``run_seed`` the experiment's seed; ``device`` is
+    where coordinates live and where the optimizer should keep large tensors.
+    """
+
+    size: int
+    space: str
+    forward_passes: int
+    run_seed: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step says of itself: ``loss`` on its batch, and scalars worth plotting."""
+
+    loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Scores and moves points on one batch. Bound to a step; every forward pass is counted by its maker."""
+
+    def losses(self, candidates: Sequence[Candidate]) -> list[float]:
+        """The objective at each candidate, minimised, as Python floats; one forward pass each."""
+        ...
+
+    def move(
+        self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float
+    ) -> None:
+        """θ ← (1 − decay) θ + Σ coefficientᵢ · z(seedᵢ); the decay spares biases and norms."""
+        ...
+
+    def place(self, coordinates: Tensor) -> None:
+        """θ ← start + coordinates (float32 ``[size]``)."""
+        ...
+
+    def gradient(self) -> tuple[float, list[Tensor]]:
+        """The loss and its gradient per searched tensor, by backpropagation: counts three forward passes.
+
+        For the yardstick only: a run that calls it cannot be replayed from scalars.
+        """
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """The searched tensors themselves, for a method that writes gradients steps into them."""
+        ...
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """A method that owns its step. ``state_dict`` is complete: a resumed run equals an unbroken one."""
+
+    def step(self, evaluator: Evaluator) -> StepReport: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class AskTell(Protocol):
+    """A population method over displacements from the start point, which is the zero vector.
+
+    ``ask`` returns one or more candidates; ``tell`` gets them back with finite or ``+inf`` losses;
+    ``recommend`` is the point the method would stop at, float32 ``[size]``.
+    """
+
+    def ask(self) -> list[Explicit]: ...
+
+    def tell(self, candidates: Sequence[Explicit], losses: Sequence[float]) -> None: ...
+
+    def recommend(self) -> Tensor: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class AskTellOptimizer:
+    """Turns an `AskTell` into an `Optimizer`.
+
+    Losses of different batches cannot be compared: a method that remembers its best point would cling to the
+    one that met the easiest batch. So each step scores the start point on its batch too, and tells the
+    differences (common random numbers); methods that ask for few candidates hold one batch for
+    ``MIN_EVALUATIONS`` of them, so that this costs at most one forward pass in seventeen. A loss that is not
+    finite is told as ``+inf``, the worst rank.
+    """
+
+    MIN_EVALUATIONS = 16
+
+    def __init__(self, method: AskTell, problem: Problem) -> None:
+        self.method = method
+        self._origin = Explicit(torch.zeros(problem.size, device=problem.device))
+
+    def step(self, evaluator: Evaluator) -> StepReport:
+        origin = evaluator.losses([self._origin])[0]
+        told: list[float] = []
+        while len(told) < self.MIN_EVALUATIONS:
+            candidates = self.method.ask()
+            losses = [loss - origin for loss in evaluator.losses(candidates)]
+            losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+            self.method.tell(candidates, losses)
+            told.extend(losses)
+        evaluator.place(self.method.recommend())
+        return StepReport(loss=origin + min(told), metrics={"improvement": -min(told)})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.method.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.method.load_state_dict(state)

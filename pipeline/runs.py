@@ -1,0 +1,119 @@
+"""``pipeline run``: the stages in order, into a folder of the run's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from pipeline import config as configuration
+from pipeline.config import Config
+from pipeline.errors import UserError, unknown
+from pipeline.layout import Layout, project_root
+from pipeline.stage import ORDER, run
+
+
+def stages_between(first: str | None, last: str | None) -> tuple[str, ...]:
+    """The stages from ``first`` to ``last``, both included.
+
+    Raises:
+        UserError: an unknown stage, or an order that runs backwards.
+    """
+    for name in (first, last):
+        if name is not None and name not in ORDER:
+            raise unknown("stage", name, ORDER)
+    low = ORDER.index(first) if first else 0
+    high = ORDER.index(last) if last else len(ORDER) - 1
+    if low > high:
+        raise UserError(f"--from {first} comes after --to {last}; the order is {' → '.join(ORDER)}")
+    return ORDER[low : high + 1]
+
+
+def folder(name: str | None, config: Config) -> Path:
+    """``runs/<name>``; without a name, the optimizer's and the first free number.
+
+    Raises:
+        UserError: a name that is not a plain file name.
+    """
+    runs = project_root() / "runs"
+    if name is not None:
+        if not re.fullmatch(r"[\w.,=+-]+", name) or name in (".", ".."):
+            raise UserError(f"--name '{name}': use letters, digits, '.', '_', '-', '=' and '+' only")
+        return runs / name
+    slug = re.sub(r"[^\w.=+-]+", "-", config.finetune.optimizer).strip("-")
+    number = 1
+    while (runs / f"{slug}-{number}").exists():
+        number += 1
+    return runs / f"{slug}-{number}"
+
+
+def preflight(config: Config) -> None:
+    """Finds what can be found wrong before anything is computed: specs, spaces, a missing model directory.
+
+    Raises:
+        UserError: whatever it finds.
+    """
+    from pipeline.models import choose_device, locate
+    from pipeline.optimizer import Problem
+    from pipeline.registry import create
+    from pipeline.space import parse
+    from pipeline.start import training
+
+    choose_device(config.device)
+    if not config.model.startswith("package:"):
+        locate(config.model)
+    for options in (config.pretrain, config.finetune):
+        plan = training(options, config)
+        kind = parse(options.space).backend
+        create(plan.optimizer, Problem(8, kind, max(1, options.forward_passes), config.seed), plan.defaults)
+
+
+def execute(config: Config, layout: Layout, stages: Sequence[str]) -> None:
+    """Runs the stages; the parameters as used are written first.
+
+    Raises:
+        UserError: the folder holds a run with other parameters for the stages that are kept.
+    """
+    if layout.params.is_file():
+        _same_before(layout, config, stages[0])
+    configuration.write(config, layout.params)
+    for stage in stages:
+        if stage == "finetune" and config.prepare.task == "none":
+            continue
+        run(stage, config, layout)
+
+
+def _same_before(layout: Layout, config: Config, first: str) -> None:
+    """Results of kept stages must be those of these parameters."""
+    before = configuration.read(layout.params).flat()
+    now = config.flat()
+    kept = ORDER[: ORDER.index(first)]
+    for key, value in now.items():
+        section = key.split(".")[0]
+        if (section in kept or ("." not in key and kept)) and before.get(key) != value:
+            raise UserError(
+                f"{layout.root} was made with {key}={before.get(key)}, now {value}: "
+                "use another --name or an earlier --from"
+            )
+
+
+def find(name: str) -> Layout:
+    """The run a person means: a folder, a name under ``runs/``, or ``.`` for the project's own ``dvc repro``.
+
+    Raises:
+        UserError: there is none; the nearest name is given.
+    """
+    for path in (project_root() / "runs" / name, Path(name)):
+        if (path / "params.yaml").is_file():
+            return Layout(path.resolve())
+    runs = project_root() / "runs"
+    names = [path.name for path in runs.iterdir() if path.is_dir()] if runs.is_dir() else []
+    raise unknown("run", name, names) if names else UserError(f"no run '{name}'; `pipeline run` makes one")
+
+
+def plan(config: Config, layout: Layout, stages: Sequence[str]) -> str:
+    """What would be done, as YAML a person can read and ``--config`` can take."""
+    shown = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    return f"# {layout.root}\n# stages: {' → '.join(stages)}\n{shown}"

@@ -1,0 +1,121 @@
+"""Runs a stage: the same way for ``dvc repro``, for ``pipeline run``, and as a script."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.layout import Layout
+
+if TYPE_CHECKING:
+    from pipeline.tracking import Tracker
+    from pipeline.trainer import OnMeasure
+
+GROUP = "pipeline.stages"
+ORDER = ("prepare", "pretrain", "finetune", "evaluate")
+
+
+@dataclass
+class Context:
+    """What a stage is given: its parameters, its directories, where to report."""
+
+    config: Config
+    layout: Layout
+    tracker: Tracker
+
+    def say(self, text: str) -> None:
+        """One line for whoever watches."""
+        print(text, flush=True)
+
+    @contextmanager
+    def training_progress(self, label: str, forward_passes: int) -> Iterator[tuple[OnMeasure, OnMeasure]]:
+        """Callbacks for the trainer: a progress bar on a terminal, the tracker always."""
+        from tqdm import tqdm
+
+        figures: dict[str, str] = {}
+        with tqdm(total=forward_passes, desc=label, unit="fwd", disable=None, file=sys.stderr) as bar:
+
+            def show(made: int, new: dict[str, float], *keys: str) -> None:
+                figures.update({key: f"{new[key]:.4f}" for key in keys if key in new})
+                bar.set_postfix(figures, refresh=False)
+                bar.update(made - bar.n)
+                self.tracker.metrics(new, made)
+
+            def on_step(made: int, new: dict[str, float]) -> None:
+                show(made, new, "train_loss")
+
+            def on_measure(made: int, new: dict[str, float]) -> None:
+                show(made, {f"validation_{key}": value for key, value in new.items()}, "validation_loss")
+
+            yield on_step, on_measure
+
+    def write_curve(self, name: str, curve: list[tuple[int, dict[str, float]]]) -> Path:
+        """Writes ``plots/<name>.csv``: forward passes, then the figures measured there."""
+        path = self.layout.plots / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keys = list(curve[0][1])
+        rows = [",".join(map(str, [made, *(figures[key] for key in keys)])) for made, figures in curve]
+        path.write_text("\n".join([",".join(["forward_passes", *keys]), *rows]) + "\n", encoding="utf-8")
+        return path
+
+
+Stage = Callable[[Context], dict[str, float]]
+
+
+def run(name: str, config: Config, layout: Layout) -> dict[str, float]:
+    """Runs one stage under a tracked run; its figures.
+
+    Raises:
+        UserError: the stage is not installed, or says what is wrong.
+    """
+    from pipeline.tracking import track
+
+    found = {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
+    if name not in found:
+        raise UserError(f"the stage '{name}' is not installed; reinstall the package with pip install -e .")
+    stage: Stage = found[name].load()
+    with track(name, config, layout) as tracker:
+        return stage(Context(config, layout, tracker))
+
+
+def script(name: str) -> None:
+    """``python -m stages.<name>``: ``params.yaml`` and the directories of the working directory."""
+    from pipeline.cli import guarded
+    from pipeline.config import read
+
+    root = Path.cwd()
+    guarded(lambda: run(name, read(root / "params.yaml"), Layout(root)))
+
+
+@contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that takes ``path``'s place when all went well, and not before."""
+    building = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    yield building
+    shutil.rmtree(path, ignore_errors=True)
+    building.rename(path)
+
+
+def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    """Writes flat metrics as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """What `write_metrics` wrote; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,36 @@
+"""Which rows make a batch, and how rows of unequal length become tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.noise import derive
+
+
+def pad(tokens: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, padded on the right."""
+    width = max(len(row) for row in tokens)
+    ids = np.full((len(tokens), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(tokens):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+
+def shuffled(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Row numbers of batch ``step``: each epoch is a permutation from ``seed``; batches run over its end.
+
+    The order depends on nothing but these four numbers, so every method sees the same batches.
+    """
+    first = step * batch_size
+    rows: list[int] = []
+    while len(rows) < min(batch_size, count):
+        epoch, at = divmod(first + len(rows), count)
+        order = np.random.default_rng(derive(seed, 2, epoch)).permutation(count)
+        rows.extend(int(i) for i in order[at : at + min(batch_size, count) - len(rows)])
+    return rows

@@ -1,0 +1,170 @@
+"""The append-only record of a run, and the run again from it.
+
+One JSON object a line: a header, a line for each step, an end. A step along seeds is its seeds and
+coefficients; a step of a population method is the losses it was told, since such a method is a function of
+its seed and them. Either way the file holds scalars only, and with the start weights it gives every weight
+of the run back, bit for bit, without one forward pass. A torn last line, from a run that was killed, is
+ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from pipeline import noise
+from pipeline.errors import UserError
+from pipeline.optimizer import Candidate, Problem, StepReport
+from pipeline.registry import Spec, create
+from pipeline.space import Space
+
+FORMAT = 1
+FILE = "trajectory.jsonl"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the run was.
+
+    ``defaults`` are the options offered to the optimizer besides its spec's, ``start`` the digest of the
+    start weights, ``config`` the whole configuration.
+    """
+
+    optimizer: str
+    defaults: dict[str, Any]
+    space: str
+    size: int
+    run_seed: int
+    forward_passes: int
+    start: str
+    config: dict[str, Any]
+    format: int = FORMAT
+    noise: int = noise.VERSION
+
+    def problem(self, device: torch.device) -> Problem:
+        return Problem(self.size, Spec.parse(self.space).backend, self.forward_passes, self.run_seed, device)
+
+
+class Recorder:
+    """Writes a trajectory; each line is flushed when its step is done."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._write(asdict(header))
+
+    def step(
+        self, forward_passes: int, report: StepReport, losses: list[list[float]], moves: list[dict[str, Any]]
+    ) -> None:
+        """Notes a step: ``forward_passes`` made so far, its loss, and its moves or else the losses told."""
+        made = {"moves": moves} if moves else {"losses": losses}
+        self._write({"forward_passes": forward_passes, "loss": report.loss, **made})
+
+    def end(self, kept_step: int, digest: str) -> None:
+        """Notes that the run ended by itself, at which step its weights were kept, and their digest."""
+        self._write({"kept_step": kept_step, "digest": digest})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, content: dict[str, Any]) -> None:
+        self._file.write(json.dumps(content, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A trajectory read back. ``end`` is None when the run was cut off."""
+
+    header: Header
+    steps: list[dict[str, Any]]
+    end: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, path: Path) -> Trajectory:
+        """Raises UserError when there is none, or it is not one this version can read."""
+        if not path.is_file():
+            raise UserError(f"no trajectory at {path}; was the stage run?")
+        lines = []
+        raw = path.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(raw, 1):
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(raw):
+                    raise UserError(f"{path} line {number} is not JSON: the file is damaged") from None
+        try:
+            header = Header(**lines[0])
+        except (IndexError, TypeError):
+            raise UserError(f"{path} has no header of a trajectory") from None
+        if (header.format, header.noise) != (FORMAT, noise.VERSION):
+            raise UserError(
+                f"{path} has format {header.format} and noise {header.noise}; "
+                f"this version reads {FORMAT} and {noise.VERSION}"
+            )
+        end = lines[-1] if "digest" in lines[-1] else None
+        return cls(header, lines[1 : None if end is None else -1], end)
+
+    def replay(self, space: Space) -> str:
+        """Moves ``space``, which holds the start weights, to where the run ended; its digest.
+
+        Raises:
+            UserError: other start weights, an optimizer that needs gradients, or a digest that differs.
+        """
+        if space.digest() != self.header.start:
+            raise UserError(
+                "the start weights are not those of this trajectory: the model or the data has changed"
+            )
+        steps = self.steps if self.end is None else self.steps[: self.end["kept_step"]]
+        spec = Spec.parse(self.header.optimizer)
+        if any("moves" not in step for step in steps):
+            optimizer = create(spec, self.header.problem(space.device), self.header.defaults)
+            for step in steps:
+                optimizer.step(_Retold(space, step["losses"]))
+        else:
+            for step in steps:
+                for move in step["moves"]:
+                    space.move(**move)
+        digest = space.digest()
+        if self.end is not None and digest != self.end["digest"]:
+            raise UserError(
+                f"replay ended at weights {digest[:12]}, the run at {self.end['digest'][:12]}: not the same"
+            )
+        return digest
+
+
+class _Retold:
+    """An `Evaluator` that tells the recorded losses again and makes no forward pass."""
+
+    def __init__(self, space: Space, losses: list[list[float]]) -> None:
+        self._space = space
+        self._losses = iter(losses)
+
+    def losses(self, candidates: Sequence[Candidate]) -> list[float]:
+        recorded = next(self._losses, [])
+        if len(recorded) != len(candidates):
+            raise UserError(
+                "the optimizer asks for other candidates than it did in this run: has its version changed, "
+                "or does it use gradients?"
+            )
+        return recorded
+
+    def move(
+        self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float = 0.0
+    ) -> None:
+        self._space.move(seeds, coefficients, distribution, decay)
+
+    def place(self, coordinates: Tensor) -> None:
+        self._space.place(coordinates)
+
+    def gradient(self) -> tuple[float, list[Tensor]]:
+        raise UserError("this run used gradients: a yardstick by backpropagation has no trajectory to replay")
+
+    def tensors(self) -> list[Tensor]:
+        return [searched.parameter for searched in self._space.tensors]

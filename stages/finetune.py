@@ -1,0 +1,56 @@
+"""Transfer to the task, by forward passes."""
+
+from __future__ import annotations
+
+from pipeline import start
+from pipeline.evaluation import measure
+from pipeline.models import merge_lora, save_lora
+from pipeline.stage import Context, fresh_folder, script, write_metrics
+from pipeline.trainer import train
+from pipeline.trajectory import FILE
+
+
+def finetune(context: Context) -> dict[str, float]:
+    """Writes ``models/finetuned``: the classifier and its trajectory."""
+    config, layout = context.config, context.layout
+    begin = start.classifier(config, layout)
+    space = start.finetuning_space(config, begin)
+    training = start.training(config.finetune, config, config.finetune.patience)
+    context.say(
+        f"finetune: {training.optimizer} over {training.space} ({space.size:,} coordinates), "
+        f"{training.forward_passes:,} forward passes"
+    )
+    validation = begin.validation.by_length(config.finetune.batch_size)
+    with fresh_folder(layout.finetuned) as folder:
+        with context.training_progress("finetune", training.forward_passes) as (on_step, on_measure):
+            result = train(
+                training,
+                begin.model,
+                space,
+                begin.batch,
+                lambda: measure(begin.model, validation),
+                trajectory=folder / FILE,
+                on_step=on_step,
+                on_measure=on_measure,
+            )
+        curve = context.write_curve("finetune", result.curve)
+        metrics = {
+            "forward_passes": result.forward_passes,
+            "seconds": result.seconds,
+            "peak_memory_mib": start.peak_memory(),
+            "coordinates": space.size,
+        }
+        if training.space.backend == "lora":
+            base, rank = str(layout.pretrained), training.space.options["rank"]
+            save_lora(begin.model.encoder, folder / "adapter", base, rank)
+            merge_lora(begin.model.encoder)
+        begin.model.save(folder, begin.tokenizer)
+        write_metrics(folder / "metrics.json", metrics)
+    for artifact, place in ((layout.finetuned / FILE, ""), (curve, "plots")):
+        context.tracker.artifact(artifact, place)
+    context.tracker.metrics(metrics, result.forward_passes)
+    return metrics
+
+
+if __name__ == "__main__":
+    script("finetune")
