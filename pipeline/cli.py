@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, guarded, unknown
 
 app = typer.Typer(
     name="pipeline",
@@ -137,8 +136,6 @@ def replay(
 
     layout = runs.find(run)
     if stage is not None and stage not in STAGES:
-        from pipeline.errors import unknown
-
         raise unknown("stage", stage, STAGES)
     if out and not stage:
         raise UserError("--out needs --stage pretrain or --stage finetune")
@@ -155,6 +152,27 @@ def replay(
 
 
 @app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="A run's name or folder; '.' is the last dvc repro.")] = ".",
+    as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
+) -> None:
+    """Print the result table of a run.
+
+    \b
+    pipeline show spsa-1
+    pipeline show --json
+    """
+    from pipeline import runs
+    from pipeline.report import table
+
+    layout = runs.find(run)
+    if not layout.metrics.is_file():
+        raise UserError(f"{_shown(layout.root)} has no metrics.json yet: its evaluate stage has not run")
+    text = layout.metrics.read_text(encoding="utf-8")
+    typer.echo(text.rstrip() if as_json else table(json.loads(text)))
+
+
+@app.command()
 def plugins(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -163,8 +181,6 @@ def plugins(
 
     rows = [(p.name, p.distribution, p.version, p.target) for p in installed()]
     if as_json:
-        import json
-
         keys = ("name", "distribution", "version", "target")
         typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
         return
@@ -224,18 +240,6 @@ def _absolute(source: str) -> str:
 def _shown(path: Path) -> str:
     """A path as short as it can be said."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def guarded(action: Callable[[], object]) -> None:
-    """Runs ``action``; what a user can mend becomes one line and exit status 2, Ctrl-C status 130."""
-    try:
-        action()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def main() -> None:

@@ -85,6 +85,8 @@ class PretrainConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """Transfer to the task."""
 
+    # How many of the last layers' states are averaged into a text's features.
+    pooled_layers: int = 1
     # A sentence per label that describes it; its embedding starts the head. null writes '{label}' itself.
     descriptions: dict[str, str] | None = None
     # Stop after this many evaluations without a better validation loss; 0 never stops early.

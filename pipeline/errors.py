@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -24,3 +25,15 @@ def unknown(kind: str, word: str, choices: Iterable[str]) -> UserError:
     if not hint and len(choices) <= 20:
         hint = f"; choose one of {', '.join(choices)}"
     return UserError(f"unknown {kind} '{word}'{hint}")
+
+
+def guarded(action: Callable[[], object]) -> None:
+    """Runs ``action``; what a user can mend becomes one line and exit status 2, Ctrl-C status 130."""
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, guarded
 from pipeline.layout import Layout
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ def run(name: str, config: Config, layout: Layout) -> dict[str, float]:
 
 def script(name: str) -> None:
     """``python -m stages.<name>``: ``params.yaml`` and the directories of the working directory."""
-    from pipeline.cli import guarded
     from pipeline.config import read
 
     root = Path.cwd()

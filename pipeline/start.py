@@ -117,7 +117,12 @@ def classifier(config: Config, layout: Layout) -> Finetuning:
     labels = rows["train"].features["label"].names
     data = {split: ClassificationData(rows[split], tokenizer, options.max_length) for split in rows}
     device = choose_device(config.device)
-    model = TextClassifier(encoder, encoder.config.hidden_size, labels).eval().to(device)
+    if not 1 <= options.pooled_layers <= encoder.config.num_hidden_layers:
+        raise UserError(
+            f"finetune.pooled_layers={options.pooled_layers}: the model has {encoder.config.num_hidden_layers} layers"
+        )
+    model = TextClassifier(encoder, encoder.config.hidden_size, labels, options.pooled_layers)
+    model.eval().to(device)
     sample = shuffled(len(data["train"]), _SAMPLE, derive(config.seed, 7), 0)
     start_head(model, tokenizer, describe(labels, options.descriptions), data["train"].batch(sample))
     return Finetuning(

@@ -1,20 +1,22 @@
-"""Any of nevergrad's optimizers: ``nevergrad:<Name>``, by the name in its registry.
+"""Any of nevergrad's optimizers, as ``nevergrad:<Name>``.
 
-nevergrad has no state to save short of a pickle of itself. But an optimizer is a function of its seed and the
-losses it was told, so those losses are its state, and loading asks and tells them again. For that to hold,
-every source of randomness is seeded, and what nevergrad takes from numpy's global generator is taken from a
-private state that is swapped in for the length of a call (see `_Quarantine`).
+nevergrad offers no state to save but a pickle of itself. An optimizer is a function of its seed and of the
+losses it was told, though, so those losses are its state here, and loading them asks and tells again. To make
+that hold, whatever nevergrad draws from numpy's global generator comes from a private state that is put in
+place for the length of a call: see `_Enclosure`, which also mends a few defaults of the libraries below.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,3 +24,279 @@ from torch import Tensor
 
 from pipeline.errors import UserError, nearest, unknown
 from pipeline.optimizer import Explicit, Problem
+
+# told in place of a loss that is not finite: nevergrad would accept −inf as the best
+WORST_LOSS = 1e10
+# asks beyond the budget: some names raise when it is exceeded, and a step may ask more than it can score
+SLACK = 16
+# what an archive of told points may hold; nevergrad's own bound grows with the space, to gigabytes
+ARCHIVE_BYTES = 2**26
+# the distribution to install where it is not called like the module that is missing
+DISTRIBUTIONS = {
+    "ax": "ax-platform",
+    "bayes_optim": "bayes-optim",
+    "ConfigSpace": "smac",
+    "poap": "pySOT",
+    "pybobyqa": "Py-BOBYQA",
+}
+
+# What the names hold, first match: square matrices, vectors, and vectors for each evaluation up to a number.
+# Measured at 1,500, 100,000 and 1,000,000 coordinates, rounded up; whatever may choose CMA counts as it.
+_MATRICES = (9, 60, 4, 100)
+_FAMILIES = (
+    ("MetaModel|Chain|Memetic|Split|(?<!Diagonal)CMA|BFGS|SQP|Powell|Cobyla|BO|Carola|EDA", _MATRICES),
+    ("TBPSA|EMNA|LHS|LQO|Lhs", (0, 60, 4, math.inf)),
+    ("DE|PSO|ES|Search|Recentering|DiagonalCMA", (0, 60, 4, 100)),
+    ("OnePlus|Lengler|SPSA|Zero|Random", (0, 40, 0, 0)),
+    ("", _MATRICES),
+)
+
+
+class Nevergrad:
+    """An `AskTell` over one optimizer of nevergrad's registry.
+
+    Args:
+        problem: the space; the search starts at the zero vector.
+        name: a name of the registry, such as ``OnePlusOne``.
+        sigma: the standard deviation that nevergrad takes as its unit of length.
+        num_workers: candidates an ask, made without knowing each other's losses.
+        options: of the optimizer's own configuration, such as ``popsize`` for ``DE``.
+
+    Raises:
+        UserError: no name or an unknown one, an option that it has not or that is out of range, or a library
+            it needs that is not installed.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        name: str | None = None,
+        sigma: float = 0.1,
+        num_workers: int = 1,
+        **options: Any,
+    ) -> None:
+        if not 0 < sigma < math.inf:
+            raise UserError(f"nevergrad: sigma must be positive and finite, not {sigma:g}")
+        if num_workers < 1:
+            raise UserError(f"nevergrad: num_workers must be at least 1, not {num_workers}")
+        self.name, factory = _lookup(name)
+        if factory.no_parallelization and num_workers > 1:
+            raise UserError(f"nevergrad:{self.name} works on one candidate at a time; leave num_workers at 1")
+        self._factory = _configured(self.name, factory, options)
+        self._problem, self._sigma, self._num_workers = problem, sigma, num_workers
+        self._start()
+
+    def ask(self) -> list[Explicit]:
+        """``num_workers`` candidates, float32 ``[size]`` on the problem's device; the same until told.
+
+        Raises:
+            UserError: the optimizer failed.
+        """
+        with self._enclosure.entered():
+            while len(self._asked) < self._num_workers:
+                self._asked.append(self._optimizer.ask())
+        return [Explicit(self._tensor(parameter.value)) for parameter in self._asked]
+
+    def tell(self, candidates: Sequence[Explicit], losses: Sequence[float]) -> None:
+        """Tells the losses of the candidates just asked, in that order; one that is not finite as the worst.
+
+        Raises:
+            UserError: the optimizer failed.
+            ValueError: not as many candidates and losses as were asked.
+        """
+        if not len(candidates) == len(losses) == len(self._asked):
+            raise ValueError(
+                f"{len(self._asked)} candidates asked, {len(losses)} losses of {len(candidates)} told"
+            )
+        told = [min(float(loss), WORST_LOSS) if math.isfinite(loss) else WORST_LOSS for loss in losses]
+        with self._enclosure.entered():
+            for parameter, loss in zip(self._asked, told, strict=True):
+                self._optimizer.tell(parameter, loss)
+        self._asked.clear()
+        self._told.append(told)
+
+    def recommend(self) -> Tensor:
+        """The point that the optimizer would stop at, or the start before any tell: float32 ``[size]``."""
+        if not self._told:
+            return torch.zeros(self._problem.size, device=self._problem.device)
+        with self._enclosure.visited():
+            return self._tensor(self._optimizer.provide_recommendation().value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses told, a list for each tell: plain data, a few bytes an evaluation."""
+        return {"losses": [list(losses) for losses in self._told]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Starts again and tells the losses again, which takes as long as the optimizer itself did."""
+        self._start()
+        for losses in state["losses"]:
+            self.tell(self.ask(), losses)
+
+    @staticmethod
+    def memory_bytes(problem: Problem, *, name: str | None = None, **options: Any) -> int:
+        """A coarse bound of what the optimizer holds, by its name; raises UserError for an unknown one."""
+        return _memory_bytes(_lookup(name)[0], problem)
+
+    def _start(self) -> None:
+        """The optimizer as new."""
+        import nevergrad
+
+        self._told: list[list[float]] = []
+        self._asked: list[Any] = []
+        parametrization = nevergrad.p.Array(init=np.zeros(self._problem.size)).set_mutation(sigma=self._sigma)
+        parametrization.random_state = np.random.RandomState(_seed(self._problem, 0))
+        self._enclosure = _Enclosure(self.name, _seed(self._problem, 1), parametrization.random_state)
+        budget = self._problem.forward_passes + self._num_workers + SLACK
+        with self._enclosure.entered():
+            self._optimizer = self._factory(parametrization, budget=budget, num_workers=self._num_workers)
+
+    def _tensor(self, value: Any) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self._problem.device)
+
+
+class _Enclosure:
+    """Where calls into nevergrad are made: no warnings, failures in one line, and in place for their length
+
+    - this run's own state of numpy's global generator;
+    - cma with step-size adaptation by CSA and no seeding of numpy from the clock: from 300 coordinates its
+      own choice fails when tells do not come generation by generation (cma 4.5);
+    - archives of told points bounded by `ARCHIVE_BYTES`, those of optimizers inside optimizers too.
+    """
+
+    def __init__(self, name: str, seed: int, random_state: np.random.RandomState) -> None:
+        self._name = name
+        self._global = np.random.RandomState(seed).get_state()
+        self._random_state = random_state
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Raises UserError when the call fails."""
+        outside = np.random.get_state()
+        np.random.set_state(self._global)
+        try:
+            with warnings.catch_warnings(), _mended_defaults():
+                warnings.simplefilter("ignore")
+                yield
+                _await_threads()
+        except Exception as error:
+            raise _failure(self._name, error) from error
+        finally:
+            self._global = np.random.get_state()
+            np.random.set_state(outside)
+
+    @contextmanager
+    def visited(self) -> Iterator[None]:
+        """As `entered`, for a call that must not change what is drawn after it."""
+        kept = self._global, self._random_state.get_state()
+        with self.entered():
+            yield
+        self._global = kept[0]
+        self._random_state.set_state(kept[1])
+
+
+@contextmanager
+def _mended_defaults() -> Iterator[None]:
+    import cma
+    from nevergrad.optimization.utils import Pruning
+
+    defaults = cma.CMAOptions.defaults()
+    kept = {key: defaults[key] for key in ("AdaptSigma", "seed")}
+    conservative = Pruning.sensible_default
+
+    def bounded(num_workers: int, dimension: int) -> Any:
+        pruning = conservative(num_workers, dimension)
+        fitting = ARCHIVE_BYTES // (16 * dimension)  # each point is a key and a value
+        return pruning if pruning.max_len <= fitting else Pruning(max(1, fitting // 4), max(4, fitting))
+
+    defaults.update(AdaptSigma=cma.sigma_adaptation.CMAAdaptSigmaCSA, seed=math.nan)
+    Pruning.sensible_default = bounded
+    try:
+        yield
+    finally:
+        defaults.update(kept)
+        Pruning.sensible_default = conservative
+
+
+def _await_threads() -> None:
+    """Waits until optimizers that run in threads ask again: what they draw meanwhile is part of the call."""
+    from nevergrad.optimization.recaster import _MessagingThread
+
+    for thread in threading.enumerate():
+        if isinstance(thread, _MessagingThread):
+            # as many questions as answers: the last answer is still being worked on
+            while thread.is_alive() and thread.call_count <= thread.messages_tell.unfinished_tasks:
+                time.sleep(1e-4)
+
+
+def _failure(name: str, error: BaseException) -> UserError:
+    """One line for whatever nevergrad raised: the library it misses, or the error itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            module = cause.name.partition(".")[0]
+            return UserError(
+                f"nevergrad:{name} needs {DISTRIBUTIONS.get(module, module)}, which is not installed; "
+                "install it or choose another optimizer"
+            )
+        cause = cause.__cause__ or cause.__context__
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(f"nevergrad:{name} failed with {reason}; choose another optimizer or other options")
+
+
+@functools.cache
+def _registry() -> dict[str, Any]:
+    """nevergrad's registry by stripped name (one has a space at its end)."""
+    outside = np.random.get_state()
+    np.random.seed(0)  # a few registered optimizers hold numbers drawn at import
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import nevergrad
+            from nevergrad.optimization.recaster import _MessagingThread
+    finally:
+        np.random.set_state(outside)
+    # a thread that waits for its next loss would keep the interpreter from ending
+    _MessagingThread.daemon = True
+    registry = nevergrad.optimizers.registry
+    return {name.strip(): registry[name] for name in registry}
+
+
+def _lookup(name: str | None) -> tuple[str, Any]:
+    if name is None:
+        raise UserError(
+            "nevergrad needs the name of an optimizer; write nevergrad:<Name>, e.g. nevergrad:OnePlusOne"
+        )
+    registry = _registry()
+    if name.strip() not in registry:
+        raise unknown("nevergrad optimizer", name, registry)
+    return name.strip(), registry[name.strip()]
+
+
+def _memory_bytes(name: str, problem: Problem) -> int:
+    matrices, vectors, more, at_most = next(held for pattern, held in _FAMILIES if re.search(pattern, name))
+    evaluations = min(problem.forward_passes, at_most, 4 * problem.size + 100)
+    archive = 2 * min(ARCHIVE_BYTES, 1000 * 16 * problem.size)
+    return int(8 * problem.size * (matrices * problem.size + vectors + more * evaluations)) + archive
+
+
+def _configured(name: str, factory: Any, options: dict[str, Any]) -> Any:
+    """The optimizer with its own configuration changed by ``options``."""
+    if not options:
+        return factory
+    config = {} if isinstance(factory, type) else factory.config()
+    for key in options:
+        if key not in config:
+            hint = (
+                nearest(key, config) or f"; it takes {', '.join(sorted(['num_workers', 'sigma', *config]))}"
+            )
+            raise UserError(f"optimizer 'nevergrad:{name}' has no option '{key}'{hint}")
+    try:
+        return type(factory)(**{**config, **options})
+    except Exception as error:
+        raise _failure(name, error) from error
+
+
+def _seed(problem: Problem, purpose: int) -> int:
+    """32 bits, as much as numpy's legacy generator takes."""
+    return int(np.random.SeedSequence([problem.run_seed, purpose]).generate_state(1)[0])

@@ -27,17 +27,23 @@ HEAD_FILE, HEAD_CONFIG = "classifier.safetensors", "classifier.json"
 
 
 class TextClassifier(TaskModel):
-    """Mean-pooled, length-normalised hidden states under a linear layer."""
+    """Mean-pooled, length-normalised hidden states under a linear layer.
 
-    def __init__(self, encoder: nn.Module, hidden: int, labels: Sequence[str]) -> None:
+    ``pooled_layers`` is how many of the last layers' states are averaged: the last layer is shaped by what the
+    encoder was trained for, and the ones below it often know more of another task (Peters et al. 2018).
+    """
+
+    def __init__(self, encoder: nn.Module, hidden: int, labels: Sequence[str], pooled_layers: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.labels = list(labels)
+        self.pooled_layers = pooled_layers
         self.classifier = nn.Linear(hidden, len(labels))
 
     def features(self, batch: Batch) -> Tensor:
         """Sentence embeddings of norm √hidden, so that an element is of order one: ``[examples, hidden]``."""
-        states: Tensor = self.encoder(**batch.inputs).last_hidden_state
+        every = self.encoder(**batch.inputs, output_hidden_states=True).hidden_states
+        states: Tensor = torch.stack(every[-self.pooled_layers :]).mean(0)
         mask = batch.inputs["attention_mask"][..., None].to(states.dtype)
         pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
         features: Tensor = nn.functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
@@ -55,7 +61,7 @@ class TextClassifier(TaskModel):
         self.encoder.save_pretrained(str(folder))  # type: ignore[operator]
         tokenizer.save_pretrained(str(folder))
         save_file({k: v.contiguous() for k, v in self.classifier.state_dict().items()}, folder / HEAD_FILE)
-        head = {"labels": self.labels, "pooling": "mean", "norm": "sqrt(hidden)"}
+        head = {"labels": self.labels, "pooled_layers": self.pooled_layers}
         (folder / HEAD_CONFIG).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -71,9 +77,9 @@ class TextClassifier(TaskModel):
 
         if not (folder / HEAD_CONFIG).is_file():
             raise UserError(f"{folder} holds no classifier; run the finetune stage first")
-        labels = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))["labels"]
+        head = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
         encoder = load_encoder(str(folder))
-        model = cls(encoder, encoder.config.hidden_size, labels)
+        model = cls(encoder, encoder.config.hidden_size, head["labels"], head["pooled_layers"])
         model.classifier.load_state_dict(load_file(folder / HEAD_FILE))
         return model.eval()
 

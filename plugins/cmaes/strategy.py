@@ -74,7 +74,8 @@ class CMAES(ABC):
     def tell(self, candidates: Sequence[Explicit], losses: Sequence[float]) -> None:
         """Moves the distribution by the losses of the candidates just asked, in that order.
 
-        A loss that is not finite ranks last; a generation without a finite one says nothing and is dropped.
+        A loss that is not finite ranks last. A generation whose losses are all alike says nothing: C would
+        shrink at random, so only its noise is used up.
 
         Raises:
             ValueError: not λ candidates and losses.
@@ -84,9 +85,10 @@ class CMAES(ABC):
                 f"{self.name} asks for {self.parameters.population_size} candidates and was told "
                 f"{len(losses)} losses of {len(candidates)}"
             )
-        z, rank_mu = self._moments(self._weights_of(losses))
+        ranked = [loss if math.isfinite(loss) else math.inf for loss in losses]
+        z, rank_mu = self._moments(self._by_rank(ranked))
         self._drawn_from = self._generator.get_state()
-        if any(math.isfinite(loss) for loss in losses):
+        if min(ranked) < max(ranked):
             self._update(z, rank_mu)
 
     def recommend(self) -> Tensor:
@@ -147,11 +149,10 @@ class CMAES(ABC):
         """The generator as it was before this generation's noise (38)."""
         return self._generator.set_state(self._drawn_from)
 
-    def _weights_of(self, losses: Sequence[float]) -> Tensor:
+    def _by_rank(self, losses: Sequence[float]) -> Tensor:
         """The weight of each candidate's rank, ``[λ]``; ties keep the order of the candidates."""
-        ranked = [loss if math.isfinite(loss) else math.inf for loss in losses]
         weights = torch.empty(len(losses), dtype=self._mean.dtype)
-        order = sorted(range(len(ranked)), key=ranked.__getitem__)
+        order = sorted(range(len(losses)), key=losses.__getitem__)
         weights[order] = torch.tensor(self.parameters.weights, dtype=weights.dtype)
         return weights.to(self._mean.device)
 

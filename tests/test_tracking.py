@@ -1,0 +1,190 @@
+"""Runs are written to a real sqlite store by the real scribe, and read back from the database itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import tracking
+from pipeline.config import Config
+from pipeline.layout import Layout
+from pipeline.tracking import Tracker, track
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A project of its own, and a working directory elsewhere in which nothing may appear."""
+    for name in ("MLFLOW_TRACKING_URI", "PIPELINE_TRACKING"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIPELINE_HOME", str(tmp_path / "home"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    yield tmp_path / "home"
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def rows(home: Path, query: str) -> list[Any]:
+    with closing(sqlite3.connect(home / "mlruns" / "mlflow.db")) as database:
+        return database.execute(query).fetchall()
+
+
+def card(layout: Layout) -> None:
+    layout.prepared.mkdir(parents=True)
+    content = {"hash": "a" * 64, "sources": [{"source": "package:movies"}]}
+    (layout.prepared / "card.json").write_text(json.dumps(content))
+
+
+def test_a_run_is_written_whole(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    layout = Layout(home / "runs" / "spsa-1")
+    card(layout)
+    (picture := home / "accuracy.png").write_bytes(b"png")
+    with track("finetune", Config(seed=3), layout) as tracker:
+        for step in range(1500):
+            tracker.metrics({"train_loss": 1 / (step + 1), "gradient": 0.5}, step)
+        tracker.metrics({"broken": math.inf, "empty": math.nan}, 1500)
+        tracker.artifact(picture, "plots")
+        tracker.tags({"words": "two"})
+    assert capfd.readouterr() == ("", "")
+    assert rows(home, "select name, status from runs") == [("spsa-1/finetune", "FINISHED")]
+    assert rows(home, "select name, artifact_location from experiments where experiment_id != 0") == [
+        ("gradient-free", (home / "mlruns" / "artifacts").as_uri())
+    ]
+    assert rows(home, "select count(*), max(step) from metrics where key = 'train_loss'") == [(1500, 1499)]
+    assert rows(home, "select value from metrics where key = 'train_loss' and step = 4") == [(0.2,)]
+    assert rows(home, "select key, is_nan from metrics where step = 1500") == [("broken", 1), ("empty", 1)]
+    params = dict(rows(home, "select key, value from params"))
+    assert params["seed"] == "3"
+    assert params["finetune.optimizer"] == "spsa"
+    assert not [key for key in params if key.startswith(("prepare.", "pretrain.", "evaluate."))]
+    tags = dict(rows(home, "select key, value from tags"))
+    expected = {"stage": "finetune", "optimizer": "spsa", "space": "head", "data": "a" * 64, "words": "two"}
+    assert tags.items() >= expected.items()
+    assert tags.keys() >= {"python", "torch", "transformers", "machine", "device", "mlflow.source.name"}
+    assert rows(home, "select name, digest from datasets") == [("package:movies", "a" * 36)]
+    assert [p.name for p in (home / "mlruns" / "artifacts").glob("*/artifacts/plots/*")] == ["accuracy.png"]
+
+
+def test_evaluate_notes_every_parameter_and_repro_has_a_name(home: Path) -> None:
+    with track("evaluate", Config(), Layout(home)):
+        pass
+    assert rows(home, "select name from runs") == [("repro/evaluate",)]
+    assert {key for (key,) in rows(home, "select key from params")} == set(Config().flat())
+
+
+def test_prepare_notes_the_data_it_made(home: Path) -> None:
+    layout = Layout(home / "runs" / "one")
+    with track("prepare", Config(), layout):
+        card(layout)
+    assert rows(home, "select value from tags where key = 'data'") == [("a" * 64,)]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("a bad\nday"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_an_error_passes_through_and_is_noted(home: Path, error: BaseException, status: str) -> None:
+    def fail() -> None:
+        with track("pretrain", Config(), Layout(home / "runs" / "one")) as tracker:
+            tracker.metrics({"loss": 1.0}, 1)
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert rows(home, "select status from runs") == [(status,)]
+    assert rows(home, "select value from metrics") == [(1.0,)]
+    noted = rows(home, "select value from tags where key = 'error'")
+    assert noted == ([("ValueError: a bad day",)] if status == "FAILED" else [])
+
+
+SCRIPT = """
+import os, pathlib, signal, sys
+from pipeline.config import Config
+from pipeline.layout import Layout
+from pipeline.tracking import track
+with track("finetune", Config(), Layout(pathlib.Path(sys.argv[1]))) as tracker:
+    tracker.metrics({"loss": 1.0}, 1)
+    assert "mlflow" not in sys.modules
+    if sys.argv[2] == "die":
+        tracker.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_two_processes_on_a_fresh_store_one_of_them_killed(home: Path) -> None:
+    commands = [[sys.executable, "-c", SCRIPT, str(home / "runs" / end), end] for end in ("live", "die")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    assert [process.communicate(timeout=120)[1] for process in both] == ["", ""]
+    assert [process.returncode for process in both] == [0, -9]
+    wanted = [("die/finetune", "KILLED"), ("live/finetune", "FINISHED")]
+    until = time.monotonic() + 60
+    while rows(home, "select name, status from runs order by name") != wanted:
+        assert time.monotonic() < until, rows(home, "select name, status from runs order by name")
+        time.sleep(0.1)
+    assert rows(home, "select count(*) from metrics where value = 1.0") == [(2,)]
+    assert rows(home, "select count(*) from experiments where name = 'gradient-free'") == [(1,)]
+
+
+@pytest.mark.parametrize("kind", ["no server", "no database"])
+def test_a_broken_store_costs_one_line(
+    kind: str, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "no server":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    else:
+        (home / "mlruns").mkdir(parents=True)
+        (home / "mlruns" / "mlflow.db").write_text("this is not a database" * 100)
+    for stage in ("pretrain", "finetune"):
+        with track(stage, Config(), Layout(home)) as tracker:
+            tracker.metrics({"loss": 1.0}, 1)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("tracking: MLflow: ")
+    assert err.count("\n") == 1
+
+
+def test_a_missing_artifact_costs_one_line(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with track("finetune", Config(), Layout(home)) as tracker:
+        tracker.artifact(home / "nothing.png")
+        tracker.artifact(home / "nothing.md")
+        tracker.metrics({"loss": 1.0}, 1)
+    assert capfd.readouterr().err.count("\n") == 1
+    assert rows(home, "select status, value from runs, metrics") == [("FINISHED", 1.0)]
+
+
+@pytest.mark.parametrize("why", ["off", "not installed"])
+def test_nothing_is_written_without_tracking(why: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why == "off":
+        monkeypatch.setenv("PIPELINE_TRACKING", "off")
+    else:
+        monkeypatch.setitem(sys.modules, "mlflow", None)
+    with track("finetune", Config(), Layout(home)) as tracker:
+        tracker.metrics({"loss": 1.0}, 1)
+        tracker.artifact(home / "nothing.png")
+    assert not home.exists()
+
+
+def test_metrics_are_sent_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+    tracker = Tracker(sent.append)
+    tracker.metrics({"loss": 1.0}, 1)
+    tracker.metrics({"loss": 0.5}, 2)
+    assert sent == []
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
+    tracker.metrics({"loss": 0.25}, 3)
+    (message,) = sent
+    assert [(key, value, step) for key, value, _, step in message["metrics"]] == [
+        ("loss", 1.0, 1),
+        ("loss", 0.5, 2),
+        ("loss", 0.25, 3),
+    ]
+    tracker.flush()
+    assert len(sent) == 1
