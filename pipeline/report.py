@@ -110,9 +110,9 @@ def _compared(run: Row, other: Row) -> str:
     if points == 0:
         return f"level with {name}"
     said = f"{abs(points):.1f} points {'above' if points > 0 else 'below'} {name}"
-    if None in (run.low, run.high, other.low, other.high):
+    if run.low is None or run.high is None or other.low is None or other.high is None:
         return said
-    apart = run.low > other.high or other.low > run.high  # type: ignore[operator]
+    apart = run.low > other.high or other.low > run.high
     return f"{said} (95% intervals {'do not overlap' if apart else 'overlap'})"
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.trainer import OnMeasure
 
 GROUP = "pipeline.stages"
+_POINTS = 500  # of a curve of steps: what a chart can show, and a database keep for every run
 ORDER = ("prepare", "pretrain", "finetune", "evaluate")
 
 
@@ -42,19 +43,25 @@ class Context:
         from tqdm import tqdm
 
         figures: dict[str, str] = {}
+        spacing, noted = forward_passes / _POINTS, -1.0
         with tqdm(total=forward_passes, desc=label, unit="fwd", disable=None, file=sys.stderr) as bar:
 
             def show(made: int, new: dict[str, float], *keys: str) -> None:
                 figures.update({key: f"{new[key]:.4f}" for key in keys if key in new})
                 bar.set_postfix(figures, refresh=False)
                 bar.update(made - bar.n)
-                self.tracker.metrics(new, made)
 
             def on_step(made: int, new: dict[str, float]) -> None:
+                nonlocal noted
                 show(made, new, "train_loss")
+                if made - noted >= spacing:
+                    noted = made
+                    self.tracker.metrics(new, made)
 
             def on_measure(made: int, new: dict[str, float]) -> None:
-                show(made, {f"validation_{key}": value for key, value in new.items()}, "validation_loss")
+                held_out = {f"validation_{key}": value for key, value in new.items()}
+                show(made, held_out, "validation_loss")
+                self.tracker.metrics(held_out, made)
 
             yield on_step, on_measure
 

@@ -84,7 +84,7 @@ class Tracker:
         They are kept here and sent every ``FLUSH_SECONDS``. What is not finite is noted as NaN: MLflow would
         write infinity as 1.8e308, and no chart would show anything else.
         """
-        now = int(time.time() * 1000)
+        now = _milliseconds()
         for key, value in values.items():
             self._metrics.append((key, value if math.isfinite(value) else math.nan, now, forward_passes))
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
@@ -146,6 +146,7 @@ def _start(tracker: Tracker, scribe: _Scribe, run: str, stage: str, config: Conf
     own = layout.root.resolve() != project_root()
     name = layout.root.name if own else "-".join(["repro", *([commit[:7]] if commit else [])])
     message: dict[str, Any] = {"do": "start", "run": run, "uri": store_uri(), "name": f"{name}/{stage}"}
+    message["at"] = _milliseconds()
     if message["uri"].startswith("sqlite:"):
         message["artifacts"] = (mlruns() / "artifacts").as_uri()
     scribe.send({**message, "tags": _tags(stage, config, commit)})
@@ -220,6 +221,11 @@ def _note_data(tracker: Tracker, layout: Layout) -> None:
         tracker.dataset(sources[0] if sources else "data", digest, str(layout.prepared))
 
 
+def _milliseconds() -> int:
+    """The time as MLflow counts it, from 1970."""
+    return int(time.time() * 1000)
+
+
 class _Scribe:
     """The other process, as seen from this one."""
 
@@ -253,7 +259,7 @@ class _Scribe:
 
     def end(self, run: str, status: str) -> None:
         """Closes the run and waits until all of it is written."""
-        self.send({"do": "end", "run": run, "status": status, "at": int(time.time() * 1000)})
+        self.send({"do": "end", "run": run, "status": status, "at": _milliseconds()})
         patience = time.monotonic() + PATIENCE_SECONDS
         while self.alive and time.monotonic() < patience:
             try:
@@ -354,17 +360,18 @@ class _Book:
     def close(self) -> None:
         """Marks the runs that nobody ended."""
         for run in list(self._runs):
-            end = {"status": "KILLED", "at": int(time.time() * 1000)}
+            end = {"status": "KILLED", "at": _milliseconds()}
             self.take({"do": "log", "run": run, "tags": {"error": "the process was killed"}})
             self.take({"do": "end", "run": run, **end})
 
     def _start(
-        self, run: str, uri: str, name: str, tags: dict[str, str], artifacts: str | None = None
+        self, run: str, uri: str, name: str, at: int, tags: dict[str, str], artifacts: str | None = None
     ) -> None:
         if uri not in self._stores:
             self._stores[uri] = _open(uri, artifacts)
         client, experiment = self._stores[uri]
-        self._runs[run] = client, client.create_run(experiment, run_name=name, tags=tags).info.run_id
+        made = client.create_run(experiment, start_time=at, tags=tags, run_name=name)
+        self._runs[run] = client, made.info.run_id
 
     def _log(
         self,

@@ -44,7 +44,7 @@ COLUMNS = {
     "metrics.`forward_passes`": 120,
     "metrics.`seconds`": 85,
 }
-FIXED = {"attributes.`Run Name`": 190, "runDateAndNestInfo": 110}
+FIXED = {"attributes.`Run Name`": 190, "runDateAndNestInfo": 125}
 
 
 def serve(port: int = 5000, host: str = "127.0.0.1", open_browser: bool = False) -> None:

@@ -15,7 +15,7 @@ from pipeline.optimizer import Evaluator, Problem, Seeded, StepReport
 
 # (epsilon, learning_rate, directions) by space: found on the validation split, see docs/log.md
 DEFAULTS = {
-    "head": (1e-1, 3e-3, 16),
+    "head": (1e-1, 2e-3, 16),
     "biases": (1e-2, 1e-3, 4),
     "lora": (1e-2, 1e-3, 4),
     "full": (1e-3, 1e-5, 1),

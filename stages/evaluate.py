@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipeline.report import table, write_report
+from pipeline.report import table, verdict, write_report
 
 from pipeline import start
 from pipeline.config import FinetuneConfig
@@ -28,6 +28,7 @@ def evaluate(context: Context) -> dict[str, float]:
         context.tracker.artifact(picture, "plots")
     for file in (layout.report, layout.metrics, layout.prepared / "card.md"):
         context.tracker.artifact(file)
+    context.tracker.tags({"mlflow.note.content": verdict(metrics, config.finetune.optimizer)})
     context.tracker.metrics(metrics, int(metrics.get("forward_passes", 0)))
     context.say(table(metrics))
     return metrics

@@ -56,6 +56,7 @@ def test_a_run_is_written_whole(home: Path, capfd: pytest.CaptureFixture[str]) -
         tracker.tags({"words": "two"})
     assert capfd.readouterr() == ("", "")
     assert rows(home, "select name, status from runs") == [("spsa-1/finetune", "FINISHED")]
+    assert rows(home, "select end_time - start_time between 0 and 60000 from runs") == [(1,)]
     assert rows(home, "select name, artifact_location from experiments where experiment_id != 0") == [
         ("gradient-free", (home / "mlruns" / "artifacts").as_uri())
     ]

@@ -1,4 +1,4 @@
-"""The real MLflow server over a real store; what a browser would show is asked of the server, and of chromium."""
+"""The real MLflow server over a real store; what it would show is asked of its REST API and of chromium."""
 
 from __future__ import annotations
 
@@ -68,7 +68,12 @@ def _printed(process: subprocess.Popen[str]) -> list[str]:
     """What the server prints until it is ready."""
     assert process.stdout
     lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: [lines.put(line) for line in process.stdout or ()], daemon=True).start()
+
+    def read() -> None:
+        for line in process.stdout or ():
+            lines.put(line)
+
+    threading.Thread(target=read, daemon=True).start()
     printed = [lines.get(timeout=120).strip()]
     while not printed[-1].startswith("Ctrl-C"):
         printed.append(lines.get(timeout=120).strip())
@@ -142,5 +147,5 @@ def test_interrupt_stops_every_process(review: Review) -> None:
 
 def test_a_store_that_is_a_server_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://example.invalid:5000")
-    with pytest.raises(UserError, match="open http://example.invalid:5000"):
+    with pytest.raises(UserError, match=r"open http://example\.invalid:5000"):
         serve()

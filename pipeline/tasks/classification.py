@@ -27,7 +27,11 @@ HEAD_FILE, HEAD_CONFIG = "classifier.safetensors", "classifier.json"
 
 
 class TextClassifier(TaskModel):
-    """Mean-pooled, length-normalised hidden states under a linear layer.
+    """Mean-pooled, length-normalised, centred hidden states under a linear layer.
+
+    ``mean`` (``[hidden]``) and ``scale`` (``[]``) are constants of the training texts. Embeddings share a large
+    common part (Ethayarajh 2019), along which every perturbation would shift all logits alike: noise to a
+    method that learns from perturbations.
 
     ``pooled_layers`` is how many of the last layers' states are averaged: the last layer is shaped by what the
     encoder was trained for, and the ones below it often know more of another task (Peters et al. 2018).
@@ -39,15 +43,18 @@ class TextClassifier(TaskModel):
         self.labels = list(labels)
         self.pooled_layers = pooled_layers
         self.classifier = nn.Linear(hidden, len(labels))
+        self.register_buffer("mean", torch.zeros(hidden))
+        self.register_buffer("scale", torch.tensor(hidden**-0.5))
+        self.mean: Tensor
+        self.scale: Tensor
 
     def features(self, batch: Batch) -> Tensor:
-        """Sentence embeddings of norm √hidden, so that an element is of order one: ``[examples, hidden]``."""
+        """Sentence embeddings whose elements have mean 0 and variance about 1: ``[examples, hidden]``."""
         every = self.encoder(**batch.inputs, output_hidden_states=True).hidden_states
         states: Tensor = torch.stack(every[-self.pooled_layers :]).mean(0)
         mask = batch.inputs["attention_mask"][..., None].to(states.dtype)
         pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
-        features: Tensor = nn.functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
-        return features
+        return (nn.functional.normalize(pooled, dim=-1) - self.mean) / self.scale
 
     def outputs(self, features: Tensor) -> Tensor:
         """Logits ``[examples, labels]``."""
@@ -60,9 +67,12 @@ class TextClassifier(TaskModel):
 
         self.encoder.save_pretrained(str(folder))  # type: ignore[operator]
         tokenizer.save_pretrained(str(folder))
-        save_file({k: v.contiguous() for k, v in self.classifier.state_dict().items()}, folder / HEAD_FILE)
+        save_file({name: tensor.contiguous() for name, tensor in self._head().items()}, folder / HEAD_FILE)
         head = {"labels": self.labels, "pooled_layers": self.pooled_layers}
         (folder / HEAD_CONFIG).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
+
+    def _head(self) -> dict[str, Tensor]:
+        return {**self.classifier.state_dict(), "mean": self.mean, "scale": self.scale}
 
     @classmethod
     def load(cls, folder: Path) -> TextClassifier:
@@ -80,7 +90,8 @@ class TextClassifier(TaskModel):
         head = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
         encoder = load_encoder(str(folder))
         model = cls(encoder, encoder.config.hidden_size, head["labels"], head["pooled_layers"])
-        model.classifier.load_state_dict(load_file(folder / HEAD_FILE))
+        for name, tensor in load_file(folder / HEAD_FILE).items():
+            model._head()[name].copy_(tensor)
         return model.eval()
 
 
@@ -132,16 +143,18 @@ def start_head(
 ) -> None:
     """Starts the head from label sentences, in place, without a label.
 
-    Weights are the sentences' embeddings less their mean. ``sample``, a batch of training texts, sets the
-    bias so that each label's mean logit is zero and the scale so that logits have a standard deviation of
-    one half: similarity says which label, never how sure.
+    Weights are the sentences' embeddings less their mean, the bias is zero. ``sample``, a batch of training
+    texts, sets the features' mean and scale, and the weights' scale so that logits have a standard deviation
+    of one half: similarity says which label, never how sure.
     """
-    tokens = tokenizer(list(sentences))["input_ids"]
     device = next(model.parameters()).device
+    features = model.features(sample.to(device))
+    mean, scale = features.mean(0), (features - features.mean(0)).pow(2).mean().sqrt()
+    model.mean.add_(mean * model.scale)
+    model.scale.mul_(scale)
+    tokens = tokenizer(list(sentences))["input_ids"]
     described = model.features(Batch(pad(tokens, tokenizer.pad_token_id), torch.empty(0)).to(device))
     weight = described - described.mean(0)
-    features = model.features(sample.to(device))
-    logits = features @ weight.T
-    scale = 0.5 / (logits - logits.mean(0)).std().clamp(min=1e-6)
-    model.classifier.weight.copy_(weight * scale)
-    model.classifier.bias.copy_(-(logits * scale).mean(0))
+    logits = ((features - mean) / scale) @ weight.T
+    model.classifier.weight.copy_(weight * (0.5 / logits.std().clamp(min=1e-6)))
+    model.classifier.bias.zero_()
