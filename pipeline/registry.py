@@ -13,14 +13,17 @@ A backend whose memory grows with the space has a function attribute
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, nearest, unknown
-from pipeline.optimizer import AskTell, AskTellOptimizer, Optimizer, Problem
+
+if TYPE_CHECKING:
+    from pipeline.optimizer import Optimizer, Problem
 
 GROUP = "pipeline.optimizers"
 
@@ -128,6 +131,8 @@ def create(spec: Spec, problem: Problem, defaults: dict[str, Any] | None = None)
     Raises:
         UserError: unknown backend, name or option, or a space the method cannot hold in memory.
     """
+    from pipeline.optimizer import AskTell, AskTellOptimizer, Optimizer
+
     backend = load(spec.backend)
     options = _checked_options(spec, backend, defaults or {})
     _refuse_too_large(spec, backend, problem, options)
@@ -195,7 +200,7 @@ def _fitting_dimension(
 ) -> int:
     """The largest power of ten, at most 1,000, whose declared memory is under a tenth of what is free."""
     for size in (1000, 100):
-        smaller = Problem(size, "projection", problem.forward_passes, problem.run_seed, problem.device)
+        smaller = dataclasses.replace(problem, size=size, space="projection")
         if declare(smaller, **options) < free / 10:
             return size
     return 10

@@ -119,7 +119,8 @@ def classifier(config: Config, layout: Layout) -> Finetuning:
     device = choose_device(config.device)
     if not 1 <= options.pooled_layers <= encoder.config.num_hidden_layers:
         raise UserError(
-            f"finetune.pooled_layers={options.pooled_layers}: the model has {encoder.config.num_hidden_layers} layers"
+            f"finetune.pooled_layers is {options.pooled_layers}; "
+            f"the model has {encoder.config.num_hidden_layers} layers"
         )
     model = TextClassifier(encoder, encoder.config.hidden_size, labels, options.pooled_layers)
     model.eval().to(device)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipeline.report import table, verdict, write_report
-
 from pipeline import start
 from pipeline.config import FinetuneConfig
 from pipeline.evaluation import linear_probe, majority, measure, measure_with_interval
+from pipeline.report import table, verdict, write_report
 from pipeline.stage import Context, read_metrics, script, write_metrics
 from pipeline.tasks.classification import TextClassifier
 from pipeline.trainer import train

@@ -27,10 +27,11 @@ def shuffled(count: int, batch_size: int, seed: int, step: int) -> list[int]:
 
     The order depends on nothing but these four numbers, so every method sees the same batches.
     """
+    batch_size = min(batch_size, count)  # a small data set is one batch, each row once
     first = step * batch_size
     rows: list[int] = []
-    while len(rows) < min(batch_size, count):
+    while len(rows) < batch_size:
         epoch, at = divmod(first + len(rows), count)
         order = np.random.default_rng(derive(seed, 2, epoch)).permutation(count)
-        rows.extend(int(i) for i in order[at : at + min(batch_size, count) - len(rows)])
+        rows.extend(int(i) for i in order[at : at + batch_size - len(rows)])
     return rows

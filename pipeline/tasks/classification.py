@@ -29,12 +29,12 @@ HEAD_FILE, HEAD_CONFIG = "classifier.safetensors", "classifier.json"
 class TextClassifier(TaskModel):
     """Mean-pooled, length-normalised, centred hidden states under a linear layer.
 
-    ``mean`` (``[hidden]``) and ``scale`` (``[]``) are constants of the training texts. Embeddings share a large
-    common part (Ethayarajh 2019), along which every perturbation would shift all logits alike: noise to a
-    method that learns from perturbations.
+    ``mean`` (``[hidden]``) and ``scale`` (``[]``) are constants of the training texts. Embeddings share a
+    large common part (Ethayarajh 2019), along which every perturbation would shift all logits alike: noise
+    to a method that learns from perturbations.
 
-    ``pooled_layers`` is how many of the last layers' states are averaged: the last layer is shaped by what the
-    encoder was trained for, and the ones below it often know more of another task (Peters et al. 2018).
+    ``pooled_layers`` is how many of the last layers' states are averaged: the last layer is shaped by what
+    the encoder was trained for, and the ones below often know more of another task (Peters et al. 2018).
     """
 
     def __init__(self, encoder: nn.Module, hidden: int, labels: Sequence[str], pooled_layers: int) -> None:

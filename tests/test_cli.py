@@ -1,0 +1,178 @@
+"""Whole commands in processes of their own, on the tiny models and on a user's file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import config
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def pipeline(*arguments: str, home: Path, tracking: str = "off") -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PIPELINE_HOME": str(home),
+        "PIPELINE_TRACKING": tracking,
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=home,
+        check=False,
+    )
+
+
+def small(model: Path, *more: str) -> list[str]:
+    return [
+        *("--model", str(model), "--forward-passes", "128", "-S", "pretrain.forward_passes=40"),
+        *(
+            "-S",
+            "finetune.evaluate_every=64",
+            "-S",
+            "pretrain.evaluate_every=20",
+            "-S",
+            "finetune.batch_size=16",
+        ),
+        *more,
+    ]
+
+
+def test_a_run_on_a_users_file_from_start_to_replay(bert: Path, table: Path, tmp_path: Path) -> None:
+    arguments = ["run", "--train", str(table), "--task", "classification", "--name", "mine"]
+    columns = ["--text", "review", "--label", "verdict"]
+    done = pipeline(*arguments, *columns, *small(bert), home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "mine"
+    metrics = json.loads((run / "metrics.json").read_text())
+    for row in ("test", "zero_shot", "linear_probe", "adamw", "majority"):
+        assert 0.0 <= metrics[f"{row}/accuracy_low"] <= metrics[f"{row}/accuracy"] <= 1.0
+    assert metrics["forward_passes"] == 128
+    assert metrics["adamw/forward_passes"] <= 128
+    assert {"pretrain/loss_before", "pretrain/loss_after", "seconds", "test/loss"} <= set(metrics)
+    assert "this run" in done.stdout
+    for file in ("report.md", "params.yaml", "plots/accuracy.png", "data/prepared/card.md"):
+        assert (run / file).is_file()
+
+    replayed = pipeline("replay", "mine", home=tmp_path)
+    assert replayed.returncode == 0, replayed.stderr
+    assert replayed.stdout.count("identical") == 2
+
+    shown = pipeline("show", "mine", "--json", home=tmp_path)
+    assert json.loads(shown.stdout) == metrics
+
+    weights = run / "models" / "finetuned" / "classifier.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    refused = pipeline("replay", "mine", "--stage", "finetune", home=tmp_path)
+    assert refused.returncode == 2
+    assert "was changed after the run" in refused.stderr
+
+
+@pytest.mark.parametrize("space", ["lora,rank=2", "full"])
+def test_models_leave_as_ordinary_directories(space: str, bert: Path, table: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    done = pipeline(
+        *("run", "--train", str(table), "--name", "mine", "--no-baselines", "-S", f"finetune.space={space}"),
+        *("--text", "review", "--label", "verdict", *small(bert)),
+        home=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    finetuned = tmp_path / "runs" / "mine" / "models" / "finetuned"
+    AutoModel.from_pretrained(finetuned, add_pooling_layer=False)
+    assert pipeline("replay", "mine", home=tmp_path).stdout.count("identical") == 2
+    if space.startswith("lora"):
+        from peft import PeftModel
+
+        base = AutoModel.from_pretrained(finetuned.parent / "pretrained", add_pooling_layer=False)
+        PeftModel.from_pretrained(base, str(finetuned / "adapter"))
+
+
+def test_a_decoder_learns_causally_and_classifies(gpt2: Path, table: Path, tmp_path: Path) -> None:
+    done = pipeline(
+        *("run", "--train", str(table), "--name", "mine", "--no-baselines", "-S", "pretrain.space=full"),
+        *("--text", "review", "--label", "verdict", *small(gpt2)),
+        home=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pretrain: clm" in done.stdout
+
+
+def test_stages_can_be_run_one_by_one(bert: Path, table: Path, tmp_path: Path) -> None:
+    common = ["run", "--name", "mine", "--train", str(table), "--text", "review", "--label", "verdict"]
+    rest = [*small(bert), "--no-baselines"]
+    assert pipeline(*common, *rest, "--to", "pretrain", home=tmp_path).returncode == 0
+    other = pipeline(*common, *rest, "--from", "finetune", "-S", "pretrain.epsilon=0.5", home=tmp_path)
+    assert other.returncode == 2
+    assert "was made with pretrain.epsilon" in other.stderr
+    done = pipeline(*common, *rest, "--from", "finetune", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "pretrain:" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--optimizer", "nevergrad:OnePlusOn"], "did you mean 'OnePlusOne'"),
+        (["--optimizer", "nope"], "unknown optimizer 'nope'"),
+        (["-S", "finetune.epsilom=1"], "did you mean 'finetune.epsilon'"),
+        (["-S", "finetune.epsilon=abc"], "takes a number, not 'abc'"),
+        (["-S", "finetune.space=ful"], "did you mean 'full'"),
+        (["-S", "seed"], "is not section.key=value"),
+        (["--train", "absent.csv"], "absent.csv"),
+        (["--train", "empty.csv", "--text", "text", "--label", "label"], "label"),
+        (["--train", "good.csv", "--text", "words"], "words"),
+        (["--model", "./nowhere"], "no model directory at ./nowhere"),
+        (["--config", "absent.yaml"], "no configuration at absent.yaml"),
+        (["--from", "finetun", "--name", "x"], "did you mean 'finetune'"),
+        (["--from", "evaluate"], "name it with --name"),
+        (["--name", "../x"], "--name"),
+        (["--task", "classificaton"], "did you mean 'classification'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(arguments: list[str], error: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("text,label\ngood film,\nbad film,\n")
+    (tmp_path / "good.csv").write_text("text,label\ngood film,up\nbad film,down\n")
+    done = pipeline("run", *arguments, home=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert error in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_dry_run_computes_nothing_and_prints_a_configuration(tmp_path: Path) -> None:
+    done = pipeline("run", "--dry-run", "--seed", "7", home=tmp_path)
+    assert done.returncode == 0
+    assert not (tmp_path / "runs").exists()
+    path = tmp_path / "again.yaml"
+    path.write_text(done.stdout)
+    assert config.read(path).seed == 7
+
+
+def test_values_of_a_configuration_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    for text, error in [
+        ("finetune: 3", "is a section"),
+        ("finetune: {batch_size: 1.5}", "takes a whole number"),
+        ("finetune: {forward_passes: -1}", "must not be negative"),
+        ("evaluate: {baselines: 1}", "takes true or false"),
+        ("- a", "must map"),
+        ("a: [", "not readable YAML"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=error):
+            config.read(path)
+    path.write_text("finetune: {learning_rate: 1e-3}")
+    assert config.read(path).finetune.learning_rate == 1e-3

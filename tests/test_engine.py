@@ -1,0 +1,179 @@
+"""On-the-fly scoring against the plain transformers model with perturbed weights written into a copy."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import space as spaces
+from pipeline.engine.evaluator import BudgetSpent, Engine
+from pipeline.models import load_encoder, load_language_model, load_tokenizer
+from pipeline.objective import cross_entropy
+from pipeline.optimizer import Candidate, Explicit, Seeded
+from pipeline.tasks.base import Batch, TaskModel
+from pipeline.tasks.batching import pad, shuffled
+from pipeline.tasks.classification import TextClassifier
+from pipeline.tasks.language_modelling import CorpusData, LanguageModel
+from tests.conftest import sentences
+
+SPACES = ["full", "biases", "head", "lora,rank=2", "projection,dimension=50", "full,encoder_scale=0.1"]
+
+
+def language_model(folder: Path, objective: str) -> tuple[LanguageModel, Batch]:
+    tokenizer = load_tokenizer(str(folder))
+    data = CorpusData(sentences(20)[0], tokenizer, max_length=16, objective=objective, mask_probability=0.3)
+    return LanguageModel(load_language_model(str(folder), objective, 0)), data.batch(range(8), seed=1)
+
+
+def classifier(folder: Path) -> tuple[TextClassifier, Batch]:
+    tokenizer = load_tokenizer(str(folder))
+    tokens = tokenizer(sentences(8)[0])["input_ids"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TextClassifier(load_encoder(str(folder)), 32, ["down", "up"], pooled_layers=2).eval()
+    batch = Batch(pad(tokens, tokenizer.pad_token_id), torch.arange(8) % 2, examples=tuple(range(8)))
+    return model, batch
+
+
+def searched(text: str, model: TaskModel) -> spaces.Space:
+    spec = spaces.parse(text)
+    spaces.prepare_model(spec, model, seed=3)
+    return spaces.build(spec, model, seed=3)
+
+
+def reference(model: TaskModel, space: spaces.Space, candidate: Candidate, batch: Batch) -> float:
+    """The loss of a copy of the model into which the candidate's weights were written."""
+    written = copy.deepcopy(model)
+    parameters = dict(written.named_parameters())
+    with torch.no_grad():
+        for tensor in space.tensors:
+            parameters[tensor.name].copy_(space.value(tensor, candidate))
+        if isinstance(written, LanguageModel):
+            logits = written.model(**batch.inputs).logits.flatten(0, 1)[batch.positions]
+        else:
+            logits = written(batch)
+    return float(cross_entropy(logits, batch.targets))
+
+
+# GPT-2's head is its embedding: it has no parameters of its own to search
+CASES = [(f, s) for f in ("bert", "gpt2", "classifier") for s in SPACES if (f, s) != ("gpt2", "head")]
+
+
+@pytest.mark.parametrize(("family", "text"), CASES)
+def test_on_the_fly_equals_written_weights(family: str, text: str, bert: Path, gpt2: Path) -> None:
+    model: TaskModel
+    if family == "classifier":
+        model, batch = classifier(bert)
+    else:
+        model, batch = language_model(*((bert, "mlm") if family == "bert" else (gpt2, "clm")))
+    space = searched(text, model)
+    engine = Engine(model.eval(), space, 100, run_seed=0)
+    generator = torch.Generator().manual_seed(0)
+    candidates: list[Candidate] = [
+        Seeded(4, 0.05),
+        Seeded(4, -0.05, "gaussian"),
+        Explicit(0.05 * torch.randn(space.size, generator=generator)),
+    ]
+    before = space.digest()
+    losses = engine.losses(batch, candidates)
+    assert space.digest() == before
+    engine.close()
+    expected = [reference(model, space, candidate, batch) for candidate in candidates]
+    assert losses == pytest.approx(expected, rel=2e-5)
+    assert len({round(loss, 6) for loss in losses}) == 3
+
+
+def test_the_head_of_gpt2_is_refused_in_one_line(gpt2: Path) -> None:
+    from pipeline.errors import UserError
+
+    model, _ = language_model(gpt2, "clm")
+    with pytest.raises(UserError, match="no parameters in this model"):
+        searched("head", model)
+
+
+def test_logits_are_those_of_the_plain_model_at_the_targets(bert: Path) -> None:
+    model, batch = language_model(bert, "mlm")
+    with torch.inference_mode():
+        plain = model.model(**batch.inputs).logits.flatten(0, 1)[batch.positions]
+        torch.testing.assert_close(model(batch), plain)
+
+
+def test_weights_are_untouched_when_a_forward_fails(bert: Path) -> None:
+    model, batch = classifier(bert)
+    space = searched("full", model)
+    engine = Engine(model, space, 10, run_seed=0)
+    before = space.digest()
+    broken = Batch({**batch.inputs, "input_ids": batch.inputs["input_ids"] + 10_000}, batch.targets)
+    with pytest.raises(IndexError):
+        engine.losses(broken, [Seeded(1, 0.1)])
+    assert space.digest() == before
+    assert engine.losses(batch, [Seeded(1, 0.1)]) == pytest.approx(
+        [reference(model, space, Seeded(1, 0.1), batch)], rel=2e-5
+    )
+
+
+def test_the_budget_is_exact_and_never_passed(bert: Path) -> None:
+    model, batch = classifier(bert)
+    engine = Engine(model, searched("biases", model), 5, run_seed=0)
+    engine.losses(batch, [Seeded(i, 0.1) for i in range(4)])
+    with pytest.raises(BudgetSpent):
+        engine.losses(batch, [Seeded(i, 0.1) for i in range(2)])
+    assert engine.forward_passes == 4
+    engine.losses(batch, [Seeded(1, 0.1)])
+    assert engine.forward_passes == 5
+
+
+def test_a_search_of_the_head_encodes_each_row_once(bert: Path) -> None:
+    model, batch = classifier(bert)
+    engine = Engine(model, searched("head", model), 1000, run_seed=0)
+    encoded: list[int] = []
+    model.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: encoded.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    first = engine.losses(batch, [Seeded(i, 0.1) for i in range(6)])
+    assert first == engine.losses(batch, [Seeded(i, 0.1) for i in range(6)])
+    assert encoded == [8]
+
+
+def test_masks_follow_80_10_10_and_spare_special_tokens(bert: Path) -> None:
+    tokenizer = load_tokenizer(str(bert))
+    texts = sentences(400)[0]
+    data = CorpusData(texts, tokenizer, max_length=16, objective="mlm", mask_probability=0.15)
+    kept = masked = total = eligible = 0
+    for step in range(10):
+        batch = data.batch(range(len(data)), seed=step)
+        shown = batch.inputs["input_ids"].flatten()[batch.positions]
+        assert not set(batch.targets.tolist()) & set(tokenizer.all_special_ids)
+        masked += int((shown == tokenizer.mask_token_id).sum())
+        kept += int((shown == batch.targets).sum())
+        total += len(shown)
+        eligible += int(batch.inputs["attention_mask"].sum()) - 2 * len(data)
+    assert masked / total == pytest.approx(0.8, abs=0.02)
+    assert kept / total == pytest.approx(0.1, abs=0.02)
+    assert total / eligible == pytest.approx(0.15, abs=0.01)
+    again = data.batch(range(5), seed=3)
+    assert torch.equal(again.inputs["input_ids"], data.batch(range(5), seed=3).inputs["input_ids"])
+
+
+def test_causal_targets_are_the_next_tokens(gpt2: Path) -> None:
+    _, batch = language_model(gpt2, "clm")
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    expected = [
+        int(ids[row, column + 1])
+        for row in range(len(ids))
+        for column in range(ids.shape[1] - 1)
+        if mask[row, column + 1]
+    ]
+    assert batch.targets.tolist() == expected
+
+
+def test_epochs_are_permutations_and_depend_on_numbers_only() -> None:
+    drawn = [row for step in range(10) for row in shuffled(25, 5, 7, step)]
+    assert sorted(drawn[:25]) == sorted(drawn[25:]) == list(range(25))
+    assert drawn[:25] != drawn[25:]
+    assert shuffled(25, 5, 7, 8) == drawn[40:45]
+    assert shuffled(25, 5, 8, 8) != drawn[40:45]
+    assert sorted(shuffled(3, 64, 0, 1)) == [0, 1, 2]

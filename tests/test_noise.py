@@ -1,0 +1,73 @@
+"""Checked against statistics, against itself on slices, and across devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+
+from pipeline import noise
+
+CPU = torch.device("cpu")
+N = 200_000
+
+
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+def test_mean_is_zero_and_variance_one(distribution: str) -> None:
+    z = noise.direction(7, 0, N, distribution, CPU).double()
+    assert abs(float(z.mean())) < 5 / N**0.5
+    assert float(z.var()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_rademacher_is_plus_or_minus_one() -> None:
+    assert set(noise.direction(3, 5, 1000, "rademacher", CPU).tolist()) == {-1.0, 1.0}
+
+
+def test_gaussian_is_gaussian() -> None:
+    z = noise.direction(3, 0, N, "gaussian", CPU)
+    assert stats.kstest(z.numpy(), "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (1, 64), (31, 2), (32, 33), (77, 500), (999, 1)])
+def test_a_slice_is_the_slice_of_the_whole(distribution: str, start: int, count: int) -> None:
+    whole = noise.direction(11, 0, 1000, distribution, CPU)
+    part = noise.direction(11, start, count, distribution, CPU)
+    assert torch.equal(part, whole[start : start + count])
+
+
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+def test_any_set_of_indices_is_the_whole_at_them(distribution: str) -> None:
+    whole = noise.direction(11, 0, 1000, distribution, CPU)
+    indices = torch.tensor([[5, 999], [0, 32]])
+    picked = noise.direction_at(11, indices, distribution)
+    if distribution == "rademacher":
+        assert torch.equal(picked, whole[indices])
+    else:  # vectorised and scalar sine may differ in the last bit
+        torch.testing.assert_close(picked, whole[indices], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize(("seed", "start"), [(1, 0), (2, 0), (2**32, 0), (0, N), (0, 32), (0, 33)])
+def test_other_seeds_and_offsets_are_uncorrelated(distribution: str, seed: int, start: int) -> None:
+    first = noise.direction(0, 0, N, distribution, CPU)
+    second = noise.direction(seed, start, N, distribution, CPU)
+    assert abs(float((first * second).mean())) < 5 / N**0.5
+
+
+def test_derived_seeds_differ_by_path() -> None:
+    paths = [(), (0,), (1,), (0, 0), (0, 1), (1, 0)]
+    assert len({noise.derive(5, *path) for path in paths}) == len(paths)
+
+
+def test_the_global_generator_is_untouched() -> None:
+    before = torch.get_rng_state()
+    noise.direction(1, 0, 100, "gaussian", CPU)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_bits_are_equal_on_cuda() -> None:
+    cpu = noise.direction(9, 17, 10_000, "rademacher", CPU)
+    assert torch.equal(cpu, noise.direction(9, 17, 10_000, "rademacher", torch.device("cuda")).cpu())

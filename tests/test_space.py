@@ -1,0 +1,126 @@
+"""Sizes, moves and the random subspace, by their properties."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import space as spaces
+from pipeline.errors import UserError
+from pipeline.noise import direction
+from pipeline.optimizer import Explicit, Seeded
+from tests.test_engine import classifier, searched
+
+CPU = torch.device("cpu")
+
+
+def test_spaces_nest(bert: Path) -> None:
+    sizes = {}
+    for text in ("head", "biases", "full"):
+        model, _ = classifier(bert)
+        sizes[text] = searched(text, model).size
+    assert sizes["head"] == 2 * 32 + 2
+    assert sizes["head"] < sizes["biases"] < sizes["full"]
+    model, _ = classifier(bert)
+    assert sizes["full"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_lora_starts_where_the_model_is(bert: Path) -> None:
+    model, batch = classifier(bert)
+    with torch.inference_mode():
+        before = model(batch)
+        space = searched("lora,rank=2", model)
+        torch.testing.assert_close(model(batch), before)
+    assert all(".lora_" in t.name or t.name.startswith("classifier") for t in space.tensors)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("ful", "did you mean 'full'"),
+        ("lora,rnk=2", "did you mean 'rank'"),
+        ("lora,rank=0", "positive whole number"),
+        ("lora,rank=1.5", "positive whole number"),
+        ("head,rank=2", "takes no options"),
+        ("full:x", "unknown space 'full:x'"),
+    ],
+)
+def test_a_wrong_spec_is_one_line(text: str, error: str) -> None:
+    with pytest.raises(UserError, match=error) as caught:
+        spaces.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_seeded_value_is_the_weight_plus_scaled_noise(bert: Path) -> None:
+    model, _ = classifier(bert)
+    space = searched("full,encoder_scale=0.5", model)
+    for searched_tensor in space.tensors:
+        weight = searched_tensor.parameter.detach()
+        z = direction(9, searched_tensor.offset, weight.numel(), "rademacher", CPU).view(weight.shape)
+        scale = 1.0 if searched_tensor.name.startswith("classifier") else 0.5
+        torch.testing.assert_close(space.value(searched_tensor, Seeded(9, 0.1)), weight + 0.1 * scale * z)
+
+
+def test_tensors_of_one_shape_get_independent_noise(bert: Path) -> None:
+    model, _ = classifier(bert)
+    space = searched("full", model)
+    alike = [t for t in space.tensors if t.name.endswith("query.weight")]
+    first, second = (space.value(t, Seeded(1, 1.0)) - t.parameter.detach() for t in alike)
+    assert abs(float((first * second).mean())) < 5 / first.numel() ** 0.5
+
+
+def test_move_place_and_restore(bert: Path) -> None:
+    model, _ = classifier(bert)
+    space = searched("biases", model)
+    start, saved = space.digest(), space.snapshot()
+    space.move([3], [0.25], "gaussian", 0.0)
+    z = direction(3, 0, space.size, "gaussian", CPU)
+    moved = torch.cat(
+        [(t.parameter.detach() - s).flatten() for t, s in zip(space.tensors, saved, strict=True)]
+    )
+    torch.testing.assert_close(moved, 0.25 * z, rtol=1e-4, atol=1e-6)
+    assert space.digest() != start
+    space.restore(saved)
+    assert space.digest() == start
+    space.place(torch.zeros(space.size))
+    assert space.digest() == start
+
+
+def test_decay_spares_biases_and_norms(bert: Path) -> None:
+    model, _ = classifier(bert)
+    space = searched("full", model)
+    before = space.snapshot()
+    space.move([], [], "rademacher", 0.1)
+    for tensor, old in zip(space.tensors, before, strict=True):
+        expected = old * 0.9 if old.dim() > 1 else old
+        torch.testing.assert_close(tensor.parameter.detach(), expected)
+
+
+def test_the_projection_has_orthogonal_columns_and_keeps_lengths(bert: Path) -> None:
+    model, _ = classifier(bert)
+    space = searched("projection,dimension=40", model)
+    start = torch.cat([t.parameter.detach().flatten() for t in space.tensors])
+
+    def displaced(coordinates: torch.Tensor) -> torch.Tensor:
+        values = [space.value(t, Explicit(coordinates)) for t in space.tensors]
+        return torch.cat([value.flatten() for value in values]).double() - start.double()
+
+    columns = torch.stack([displaced(10.0 * row) / 10.0 for row in torch.eye(40)])
+    gram = columns @ columns.T
+    assert float((gram - torch.diag(gram.diag())).abs().max()) < 1e-4
+    assert float(gram.diag().mean()) == pytest.approx(1.0, abs=1e-3)
+    assert float(gram.diag().std()) < 0.1
+
+
+def test_a_seeded_move_in_the_projection_is_a_place_of_its_coordinates(bert: Path) -> None:
+    moved, _ = classifier(bert)
+    placed, _ = classifier(bert)
+    one, two = (searched("projection,dimension=40", model) for model in (moved, placed))
+    one.move([5], [0.3], "rademacher", 0.0)
+    two.place(0.3 * direction(5, 0, 40, "rademacher", CPU))
+    assert one.digest() == two.digest()
+    one.move([6], [0.2], "rademacher", 0.0)
+    two.place(0.3 * direction(5, 0, 40, "rademacher", CPU) + 0.2 * direction(6, 0, 40, "rademacher", CPU))
+    assert one.digest() == two.digest()

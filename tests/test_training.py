@@ -1,0 +1,242 @@
+"""The loop, its record, and the record replayed: whole, torn, damaged, with other weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import registry
+from pipeline.errors import UserError
+from pipeline.evaluation import measure
+from pipeline.noise import direction
+from pipeline.objective import cross_entropy
+from pipeline.optimizer import Candidate, Explicit, Problem, Seeded
+from pipeline.registry import Spec
+from pipeline.space import parse
+from pipeline.trainer import Result, Training, train
+from pipeline.trajectory import Trajectory
+from plugins.spsa import SPSA
+from tests.test_engine import SPACES, classifier, language_model, searched
+
+
+def run(
+    folder: Path, spec: str, space: str, passes: int, path: Path | None = None, patience: int = 0
+) -> tuple[Result, Any]:
+    model, batch = classifier(folder)
+    over = searched(space, model)
+    training = Training(Spec.parse(spec), parse(space), passes, max(1, passes // 4), 5, patience)
+    result = train(
+        training, model, over, lambda step: batch, lambda: measure(model, [batch]), trajectory=path
+    )
+    return result, over
+
+
+class OnePlusOne:
+    """A (1+1) evolution strategy of the test's own."""
+
+    def __init__(self, problem: Problem, *, sigma: float = 0.3) -> None:
+        self.best, self.loss, self.sigma = torch.zeros(problem.size), math.inf, sigma
+        self.random = torch.Generator().manual_seed(problem.run_seed)
+
+    def ask(self) -> list[Explicit]:
+        return [Explicit(self.best + self.sigma * torch.randn(self.best.shape, generator=self.random))]
+
+    def tell(self, candidates: Sequence[Explicit], losses: Sequence[float]) -> None:
+        if losses[0] < self.loss:
+            self.best, self.loss = candidates[0].coordinates, losses[0]
+
+    def recommend(self) -> torch.Tensor:
+        return self.best
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        return
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_replay_of_seeds_gives_the_same_bits(space: str, bert: Path, tmp_path: Path) -> None:
+    spec = "spsa,directions=2,epsilon=0.01,learning_rate=0.05,distribution=gaussian,weight_decay=0.1"
+    result, after = run(bert, spec, space, 40, tmp_path / "t.jsonl")
+    assert result.forward_passes == 40
+    again = searched(space, classifier(bert)[0])
+    assert again.digest() != after.digest()
+    assert Trajectory.read(tmp_path / "t.jsonl").replay(again) == after.digest()
+
+
+@pytest.mark.parametrize("spec", ["cmaes", "cmaes:SepCMA,sigma=0.3", "nevergrad:OnePlusOne", "mine"])
+def test_replay_of_told_losses_gives_the_same_bits(
+    spec: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = registry.load
+    monkeypatch.setattr(registry, "load", lambda name: OnePlusOne if name == "mine" else load(name))
+    result, after = run(bert, spec, "head", 150, tmp_path / "t.jsonl")
+    assert result.curve[-1][1]["loss"] < result.curve[0][1]["loss"]
+    again = searched("head", classifier(bert)[0])
+    assert Trajectory.read(tmp_path / "t.jsonl").replay(again) == after.digest()
+
+
+def test_a_language_model_learns_and_replays(gpt2: Path, tmp_path: Path) -> None:
+    model, batch = language_model(gpt2, "clm")
+    space = searched("full", model)
+    training = Training(
+        Spec.parse("spsa,epsilon=0.01,learning_rate=0.002,directions=4"), parse("full"), 400, 400, 0
+    )
+    path = tmp_path / "t.jsonl"
+    result = train(
+        training, model, space, lambda step: batch, lambda: measure(model, [batch]), trajectory=path
+    )
+    assert result.curve[-1][1]["loss"] < result.curve[0][1]["loss"] - 0.05
+    again = searched("full", language_model(gpt2, "clm")[0])
+    assert Trajectory.read(path).replay(again) == space.digest()
+
+
+def test_two_equal_runs_are_equal_to_the_byte(bert: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(bert, "spsa,directions=2", "biases", 40, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_run_that_was_cut_off_replays_to_its_last_whole_step(bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    run(bert, "spsa,directions=2", "head", 40, path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:4]) + "\n" + lines[4][:30])
+    cut = Trajectory.read(path)
+    assert cut.end is None
+    assert len(cut.steps) == 3
+    _, after = run(bert, "spsa,directions=2,learning_rate=0.002", "head", 12)
+    assert (
+        cut.replay(searched("head", classifier(bert)[0])) != after.digest()
+    )  # its rate falls over 40 passes
+
+
+def test_damage_is_one_line(bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    run(bert, "spsa,directions=2", "head", 40, path)
+    lines = path.read_text().splitlines()
+
+    def broken(number: int, text: str) -> Path:
+        other = tmp_path / "broken.jsonl"
+        other.write_text("\n".join([*lines[:number], text, *lines[number + 1 :]]) + "\n")
+        return other
+
+    with pytest.raises(UserError, match="line 3 is not JSON"):
+        Trajectory.read(broken(2, "{"))
+    header = json.loads(lines[0])
+    with pytest.raises(UserError, match="noise 99"):
+        Trajectory.read(broken(0, json.dumps({**header, "noise": 99})))
+    with pytest.raises(UserError, match="start weights"):
+        Trajectory.read(broken(0, json.dumps({**header, "start": "0"}))).replay(
+            searched("head", classifier(bert)[0])
+        )
+    step = json.loads(lines[1])
+    step["moves"][0]["coefficients"][0] += 1e-3
+    with pytest.raises(UserError, match="not the same"):
+        Trajectory.read(broken(1, json.dumps(step))).replay(searched("head", classifier(bert)[0]))
+    with pytest.raises(UserError, match="no trajectory"):
+        Trajectory.read(tmp_path / "absent")
+
+
+def test_adamw_learns_and_says_that_it_cannot_be_replayed(bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    result, _ = run(bert, "adamw,learning_rate=0.01", "full", 61, path)
+    assert result.forward_passes == 60
+    assert result.curve[-1][1]["loss"] < 0.5 * result.curve[0][1]["loss"]
+    with pytest.raises(UserError, match="used gradients"):
+        Trajectory.read(path).replay(searched("full", classifier(bert)[0]))
+
+
+def test_a_budget_below_one_step_is_refused(bert: Path) -> None:
+    with pytest.raises(UserError, match="fewer than one step"):
+        run(bert, "spsa,directions=4", "head", 7)
+
+
+def test_patience_keeps_the_best_weights_and_replay_stops_there(bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    spec = "spsa,directions=1,epsilon=0.1,learning_rate=5"  # far too fast: it gets worse
+    result, after = run(bert, spec, "head", 400, path, patience=1)
+    end = Trajectory.read(path).end
+    losses = [figures["loss"] for _, figures in result.curve]
+    assert end is not None
+    assert min(losses) < losses[-1]
+    assert end["kept_step"] < result.steps
+    again = searched("head", classifier(bert)[0])
+    assert Trajectory.read(path).replay(again) == after.digest()
+
+
+class Linear:
+    """An evaluator of the linear loss g·θ, whose gradient is g everywhere."""
+
+    def __init__(self, gradient: torch.Tensor) -> None:
+        self.gradient_ = gradient
+        self.point = torch.zeros_like(gradient)
+
+    def _z(self, seed: int, distribution: str) -> torch.Tensor:
+        return direction(seed, 0, len(self.point), distribution, self.point.device)
+
+    def losses(self, candidates: Sequence[Candidate]) -> list[float]:
+        points = [c.scale * self._z(c.seed, c.distribution) for c in candidates if isinstance(c, Seeded)]
+        return [float((self.point + p).double() @ self.gradient_.double()) for p in points]
+
+    def move(
+        self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float
+    ) -> None:
+        for seed, coefficient in zip(seeds, coefficients, strict=True):
+            self.point = self.point + coefficient * self._z(seed, distribution)
+
+    def place(self, coordinates: torch.Tensor) -> None:
+        raise AssertionError("SPSA moves along seeds")
+
+    def gradient(self) -> tuple[float, list[torch.Tensor]]:
+        raise AssertionError("SPSA needs no gradient")
+
+    def tensors(self) -> list[torch.Tensor]:
+        raise AssertionError("SPSA sees no tensor")
+
+
+@pytest.mark.parametrize(("distribution", "extra"), [("rademacher", -1), ("gaussian", 1)])
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_estimate_has_the_second_moment_of_theory(distribution: str, extra: int, n: int) -> None:
+    d, repeats = 40, 1500
+    gradient = torch.randn(d, generator=torch.Generator().manual_seed(0))
+    problem = Problem(d, "full", 10**9, 1)
+    spsa = SPSA(problem, learning_rate=1.0, epsilon=0.1, directions=n, distribution=distribution)
+    total, square = torch.zeros(d), 0.0
+    for _ in range(repeats):
+        evaluator = Linear(gradient)
+        spsa.step(evaluator)
+        total -= evaluator.point
+        square += float(evaluator.point @ evaluator.point)
+    ratio = square / repeats / float(gradient @ gradient)
+    assert ratio == pytest.approx((d + n + extra) / n, rel=0.1)
+    assert float(torch.cosine_similarity(total, gradient, dim=0)) > 0.97
+
+
+def test_many_directions_point_along_the_gradient(bert: Path) -> None:
+    model, batch = classifier(bert)
+    space = searched("head", model)
+    parameters = [t.parameter for t in space.tensors]
+    gradient = torch.autograd.grad(cross_entropy(model(batch), batch.targets), parameters)
+    before = space.snapshot()
+    n = 20 * space.size
+    training = Training(
+        Spec.parse(f"spsa,directions={n},epsilon=0.001,learning_rate=1.0"), parse("head"), 2 * n, 2 * n, 0
+    )
+    train(training, model, space, lambda step: batch, lambda: measure(model, [batch]))
+    moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, parameters, strict=True)])
+    truth = torch.cat([g.flatten() for g in gradient])
+    assert float(torch.cosine_similarity(moved, truth, dim=0)) > 0.95
+
+
+def test_a_loss_that_is_not_finite_stops_loudly() -> None:
+    spsa = SPSA(Problem(4, "head", 100, 0))
+    with pytest.raises(UserError, match="diverged"):
+        spsa.step(Linear(torch.full((4,), math.nan)))
