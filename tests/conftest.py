@@ -8,22 +8,7 @@ import pytest
 import torch
 
 ADJECTIVES = {"up": ["good", "great", "fine"], "down": ["bad", "poor", "dull"]}
-OTHERS = "the a film story plot it was is and not slow long short new".split()
-    "the",
-    "a",
-    "film",
-    "story",
-    "plot",
-    "it",
-    "was",
-    "is",
-    "and",
-    "not",
-    "slow",
-    "long",
-    "short",
-    "new",
-]
+OTHERS = ["the", "a", "film", "story", "plot", "it", "was", "is", "and", "not", "slow", "long", "short"]
 WORDS = [*OTHERS, *ADJECTIVES["up"], *ADJECTIVES["down"]]
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
-from pipeline.errors import UserError
+from pipeline.cli import app
+from pipeline.errors import UserError, guarded
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,12 +81,23 @@ def test_a_run_on_a_users_file_from_start_to_replay(bert: Path, table: Path, tmp
     assert "was changed after the run" in refused.stderr
 
 
-@pytest.mark.parametrize("space", ["lora,rank=2", "full"])
-def test_models_leave_as_ordinary_directories(space: str, bert: Path, table: Path, tmp_path: Path) -> None:
+# peft asks transformers in a way that the next major release will not know
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_models_leave_as_ordinary_directories(bert: Path, table: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
     from transformers import AutoModel
 
     done = pipeline(
-        *("run", "--train", str(table), "--name", "mine", "--no-baselines", "-S", f"finetune.space={space}"),
+        *(
+            "run",
+            "--train",
+            str(table),
+            "--name",
+            "mine",
+            "--no-baselines",
+            "-S",
+            "finetune.space=lora,rank=2",
+        ),
         *("--text", "review", "--label", "verdict", *small(bert)),
         home=tmp_path,
     )
@@ -93,11 +105,8 @@ def test_models_leave_as_ordinary_directories(space: str, bert: Path, table: Pat
     finetuned = tmp_path / "runs" / "mine" / "models" / "finetuned"
     AutoModel.from_pretrained(finetuned, add_pooling_layer=False)
     assert pipeline("replay", "mine", home=tmp_path).stdout.count("identical") == 2
-    if space.startswith("lora"):
-        from peft import PeftModel
-
-        base = AutoModel.from_pretrained(finetuned.parent / "pretrained", add_pooling_layer=False)
-        PeftModel.from_pretrained(base, str(finetuned / "adapter"))
+    base = AutoModel.from_pretrained(finetuned.parent / "pretrained", add_pooling_layer=False)
+    PeftModel.from_pretrained(base, str(finetuned / "adapter"))
 
 
 def test_a_decoder_learns_causally_and_classifies(gpt2: Path, table: Path, tmp_path: Path) -> None:
@@ -142,13 +151,29 @@ def test_stages_can_be_run_one_by_one(bert: Path, table: Path, tmp_path: Path) -
         (["--task", "classificaton"], "did you mean 'classification'"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_status_2(arguments: list[str], error: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_and_exit_status_2(
+    arguments: list[str],
+    error: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "empty.csv").write_text("text,label\ngood film,\nbad film,\n")
     (tmp_path / "good.csv").write_text("text,label\ngood film,up\nbad film,down\n")
-    done = pipeline("run", *arguments, home=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert error in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIPELINE_TRACKING", "off")
+    with pytest.raises(SystemExit) as stopped:
+        guarded(lambda: app(["run", *arguments]))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert error in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_mistake_prints_no_traceback_from_the_installed_command(tmp_path: Path) -> None:
+    done = pipeline("run", "--optimizer", "nope", home=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown optimizer 'nope'")
     assert len(done.stderr.strip().splitlines()) == 1
 
 
