@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HEAD = ("", "test accuracy, % [95% interval]", "test loss", "forward passes", "seconds")
-RESULT, REFERENCE, AXIS = "#1f5fa8", "#6b727c", "#4a4e55"
-PICTURES = ("accuracy", "finetune", "pretrain")
+HEAD = ("", "test accuracy", "95% interval", "test loss", "forward passes", "seconds")
+RESULT, REFERENCE, AXIS = "#1f5fa8", "#8a8f98", "#4a4e55"
 
 
 @dataclass(frozen=True)
@@ -36,22 +33,17 @@ class Row:
     @property
     def cells(self) -> tuple[str, ...]:
         """The line as text, in the order of ``HEAD``; empty where there is no figure."""
-        accuracy = f"{self.accuracy * 100:5.1f}"
+        interval = ""
         if self.low is not None and self.high is not None:
-            accuracy += f" [{self.low * 100:.1f}, {self.high * 100:.1f}]"
+            interval = f"{self.low * 100:.1f} to {self.high * 100:.1f}%"
         return (
             self.name,
-            accuracy,
+            f"{self.accuracy * 100:.1f}%",
+            interval,
             f"{self.loss:.4f}" if self.loss is not None else "",
             f"{self.forward_passes:,.0f}" if self.forward_passes is not None else "",
             f"{self.seconds:,.1f}" if self.seconds is not None else "",
         )
-
-    def apart(self, other: Row) -> bool | None:
-        """Whether the two intervals have nothing in common; None where one is missing."""
-        if self.low is None or self.high is None or other.low is None or other.high is None:
-            return None
-        return self.low > other.high or other.low > self.high
 
 
 def rows(metrics: dict[str, Any], result: str = "this run") -> list[Row]:
@@ -61,7 +53,7 @@ def rows(metrics: dict[str, Any], result: str = "this run") -> list[Row]:
         "zero_shot": "zero-shot",
         "linear_probe": "linear probe",
         "test": result,
-        "adamw": "AdamW",
+        "adamw": "AdamW (gradients)",
     }
     found = []
     for prefix, name in prefixes.items():
@@ -87,19 +79,14 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def _aligned(cell: str, width: int, column: int) -> str:
-    """Names and accuracies to the left, where their points already line up; numbers to the right."""
-    return cell.rjust(width) if column > 1 else cell.ljust(width)
+    return cell.rjust(width) if column else cell.ljust(width)
 
 
 def _pretraining(metrics: dict[str, Any]) -> list[str]:
     before, after = metrics.get("pretrain/loss_before"), metrics.get("pretrain/loss_after")
     if before is None or after is None:
         return []
-    passes, seconds = metrics.get("pretrain/forward_passes"), metrics.get("pretrain/seconds")
-    cost = [f"{passes:,.0f} forward passes"] if passes is not None else []
-    cost += [f"{seconds:,.1f} seconds"] if seconds is not None else []
-    made = f" ({', '.join(cost)})" if cost else ""
-    return [f"pretraining: held-out loss {before:.4f} before, {after:.4f} after{made}"]
+    return [f"pretraining: held-out loss {before:.4f} before, {after:.4f} after"]
 
 
 def verdict(metrics: dict[str, Any], optimizer: str) -> str:
@@ -108,11 +95,8 @@ def verdict(metrics: dict[str, Any], optimizer: str) -> str:
     run = found.get("this run")
     if run is None:
         return "Nothing was tested."
-    compared = []
-    if other := found.get("zero-shot"):
-        compared.append(_compared(run, other, "zero-shot"))
-    if other := found.get("AdamW"):
-        compared.append(_compared(run, other, "AdamW by backpropagation") + _spent(run, other))
+    others = ("zero-shot", "AdamW (gradients)")
+    compared = [_compared(run, found[name]) for name in others if name in found]
     if not compared:
         return (
             f"{optimizer} reaches {run.accuracy * 100:.1f}% on the test; there is nothing to compare it with."
@@ -120,30 +104,23 @@ def verdict(metrics: dict[str, Any], optimizer: str) -> str:
     return f"{optimizer} is {' and '.join(compared)}."
 
 
-def _compared(run: Row, other: Row, name: str) -> str:
+def _compared(run: Row, other: Row) -> str:
+    name = other.name.split(" (")[0]
     points = round((run.accuracy - other.accuracy) * 100, 1)
     if points == 0:
         return f"level with {name}"
     said = f"{abs(points):.1f} points {'above' if points > 0 else 'below'} {name}"
-    apart = run.apart(other)
-    if apart is None:
+    if run.low is None or run.high is None or other.low is None or other.high is None:
         return said
-    return f"{said} (the 95% intervals {'do not overlap' if apart else 'overlap'})"
-
-
-def _spent(run: Row, other: Row) -> str:
-    if other.forward_passes is None:
-        return ""
-    against = f", against {run.forward_passes:,.0f} here" if run.forward_passes is not None else ""
-    return f", which used {other.forward_passes:,.0f} forward passes (a backward counts two){against}"
+    apart = run.low > other.high or other.low > run.high
+    return f"{said} (95% intervals {'do not overlap' if apart else 'overlap'})"
 
 
 def write_report(config: Config, layout: Layout, metrics: dict[str, Any], curves: dict[str, Path]) -> None:
     """Writes ``report.md`` and the pictures in ``plots/``.
 
     ``metrics`` is flat (``test/accuracy``, …); what is absent stays absent. ``curves`` maps ``pretrain`` and
-    ``finetune`` to CSV files with the columns ``forward_passes``, ``loss`` (nats) and, perhaps, ``accuracy``
-    (a share of one). A picture of an earlier run that has nothing to show now is removed.
+    ``finetune`` to CSV files with the columns ``forward_passes``, ``loss`` and, perhaps, ``accuracy``.
     """
     layout.plots.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(config, layout, metrics, curves)
@@ -154,7 +131,7 @@ def write_report(config: Config, layout: Layout, metrics: dict[str, Any], curves
         _setup(config, metrics),
         *([_pretrained(metrics)] if _pretraining(metrics) else []),
         *([_seen(pictures, layout)] if pictures else []),
-        _again(config, layout),
+        _again(layout),
     ]
     layout.report.write_text("\n\n".join(part for part in sections if part) + "\n", encoding="utf-8")
 
@@ -172,11 +149,8 @@ def _result(metrics: dict[str, Any], config: Config) -> str:
     if not found:
         return ""
     head = f"| {' | '.join(HEAD)} |\n|{'---|' + '---:|' * (len(HEAD) - 1)}"
-    lines = [f"| {' | '.join(cell.strip() for cell in row.cells)} |" for row in found]
-    note = (
-        "Accuracy intervals are 95% Wilson intervals; losses are in nats. A forward pass is one of the model "
-        "over one batch; a backward pass counts as two."
-    )
+    lines = [f"| {' | '.join(row.cells)} |" for row in found]
+    note = "A forward pass is one of the model over one batch; a backward pass counts as two."
     return "\n".join(["## Result", "", head, *lines, "", note])
 
 
@@ -194,11 +168,9 @@ def _setup(config: Config, metrics: dict[str, Any]) -> str:
 
 
 def _training(options: TrainConfig) -> str:
-    given = {key: getattr(options, key) for key in ("epsilon", "sigma", "learning_rate")}
-    offered = "".join(f", `{key}={value:g}`" for key, value in given.items() if value is not None)
     return (
-        f"`{options.optimizer}` over the space `{options.space}`{offered}, at most "
-        f"{options.forward_passes:,} forward passes of {options.batch_size} × {options.max_length} tokens"
+        f"`{options.optimizer}` over the space `{options.space}`, at most {options.forward_passes:,} forward "
+        f"passes of {options.batch_size} × {options.max_length} tokens"
     )
 
 
@@ -215,40 +187,32 @@ def _seen(pictures: list[Path], layout: Layout) -> str:
     return "\n\n".join(["## Pictures", *shown])
 
 
-def _again(config: Config, layout: Layout) -> str:
-    """The commands that rebuild this run's weights, and that do it all over."""
-    from pipeline.registry import Spec  # imports torch, which `pipeline show` can do without
-
-    name, again = layout.root.name, f"pipeline run --config runs/{layout.root.name}/{layout.params.name}"
+def _again(layout: Layout) -> str:
     if _is_project(layout):
-        name, again = ".", "dvc repro --force"
-    trained = [(config.pretrain, config.pretrain.enabled), (config.finetune, config.prepare.task != "none")]
-    commands = [f"{again}    # the whole run again"]
-    # gradients leave no trajectory: `pipeline replay` refuses such a run
-    if not any(on and Spec.parse(options.optimizer).backend == "adamw" for options, on in trained):
-        commands.insert(0, f"pipeline replay {name}    # the same weights, bit for bit, from the trajectory")
+        commands = ["pipeline replay .    # the same weights, bit for bit, from the trajectory"]
+        commands.append("dvc repro --force    # the whole run again")
+    else:
+        name = layout.root.name
+        commands = [f"pipeline replay {name}    # the same weights, bit for bit, from the trajectory"]
+        commands.append(f"pipeline run --config runs/{name}/{layout.params.name}    # the whole run again")
     return "\n".join(["## Again", "", "```", *commands, "```"])
 
 
 def _pictures(config: Config, layout: Layout, metrics: dict[str, Any], curves: dict[str, Path]) -> list[Path]:
     """Draws what there are figures for; the files."""
-    figures: dict[str, Figure] = {}
+    drawn = []
     result = f"{config.finetune.optimizer} (this run)"
     if found := rows(metrics, result):
-        figures["accuracy"] = _accuracies(found, result)
-    for stage, path in curves.items():
-        if read := _read(path):
-            figures[stage] = _curve(read, stage, config)
-    for name in PICTURES:
-        (layout.plots / f"{name}.png").unlink(missing_ok=True)
-    return [_save(figures[name], layout.plots / f"{name}.png") for name in PICTURES if name in figures]
+        drawn.append(_save(_accuracies(found, result), layout.plots / "accuracy.png"))
+    for stage in ("finetune", "pretrain"):
+        if stage in curves:
+            options = config.finetune if stage == "finetune" else config.pretrain
+            drawn.append(_save(_curve(curves[stage], stage, options), layout.plots / f"{stage}.png"))
+    return drawn
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    # the library's version, left out, would make equal pictures unequal files
-    figure.savefig(
-        path, dpi=144, facecolor="white", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None}
-    )
+    figure.savefig(path, dpi=144, facecolor="white", bbox_inches="tight", pad_inches=0.15)
     return path
 
 
@@ -265,11 +229,7 @@ def _accuracies(found: list[Row], result: str) -> Figure:
         right = row.accuracy if row.high is None else row.high
         axes.annotate(f"{row.accuracy * 100:.1f}", (right * 100, place), (7, 0), va="center", color=colour,
                       textcoords="offset points")  # fmt: skip
-    labels = [textwrap.fill(row.name, 32) for row in reversed(found)]
-    axes.set_yticks(range(len(found)), labels)
-    for label, row in zip(axes.get_yticklabels(), reversed(found), strict=True):
-        if row.name == result:
-            label.set(color=RESULT, fontweight="bold")
+    axes.set_yticks(range(len(found)), [row.name for row in reversed(found)])
     axes.set_ylim(-0.6, len(found) - 0.4)
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
@@ -277,43 +237,22 @@ def _accuracies(found: list[Row], result: str) -> Figure:
     return figure
 
 
-def _read(path: Path) -> dict[str, list[float]]:
-    """The columns of a curve; empty unless something finite was measured."""
+def _curve(path: Path, stage: str, options: TrainConfig) -> Figure:
+    """Validation figures against forward passes: one panel for each that the file holds."""
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    columns = {key: [float(line[key]) for line in lines] for key in (lines[0] if lines else ())}
-    kept = {key: column for key, column in columns.items() if any(map(math.isfinite, column))}
-    return kept if kept.keys() & {"loss", "accuracy"} else {}
-
-
-def _curve(columns: dict[str, list[float]], stage: str, config: Config) -> Figure:
-    """Held-out figures against forward passes: a panel for each that was measured."""
-    options: TrainConfig = config.finetune if stage == "finetune" else config.pretrain
-    shown = [key for key in ("loss", "accuracy") if key in columns]
+    passes = [float(line["forward_passes"]) for line in lines]
+    shown = [key for key in ("loss", "accuracy") if lines and key in lines[0]]
     figure, panels = _canvas(len(shown), height=3.6)
     for axes, key in zip(panels, shown, strict=True):
         scale = 100 if key == "accuracy" else 1
-        heights = [value * scale for value in columns[key]]
-        # not clipped: the first point, at zero passes, lies on the axis
-        axes.plot(columns["forward_passes"], heights, "-o", color=RESULT, markersize=4, clip_on=False)
-        axes.set_ylabel(_measured(stage, key, config.pretrain.objective))
+        axes.plot(passes, [float(line[key]) * scale for line in lines], "-o", color=RESULT, markersize=3.5)
+        axes.set_ylabel("validation accuracy, %" if key == "accuracy" else "validation loss, nats")
         axes.set_xlabel("forward passes")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlim(left=0)
-    title = {"finetune": "Fine-tuning", "pretrain": "Pretraining"}[stage]
-    words = textwrap.fill(f"{title}: {options.optimizer} over {options.space}", 90)
-    figure.suptitle(words, fontsize=11, color=AXIS)
+    figure.suptitle(f"{stage}: {options.optimizer} over {options.space}", fontsize=11, color=AXIS)
     return figure
-
-
-def _measured(stage: str, key: str, objective: str) -> str:
-    """What an axis shows, with its unit."""
-    if key == "loss":
-        return f"{'validation' if stage == 'finetune' else 'held-out'} loss, nats"
-    if stage == "finetune":
-        return "validation accuracy, %"
-    tokens = {"mlm": "masked-token", "clm": "next-token"}.get(objective, "token")
-    return f"held-out {tokens} accuracy, %"
 
 
 def _canvas(panels: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -328,8 +267,6 @@ def _canvas(panels: int, height: float) -> tuple[Figure, list[Axes]]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#c8ccd2")
         axes.tick_params(colors=AXIS, labelsize=9)
-        axes.xaxis.label.set_color(AXIS)
-        axes.yaxis.label.set_color(AXIS)
         axes.grid(color="#e4e7eb", linewidth=0.7)
         axes.set_axisbelow(True)
     return figure, made
