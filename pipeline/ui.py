@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.errors import UserError
-from pipeline.tracking import EXPERIMENT, KIND, QUIET, mlruns, store_uri
+from pipeline.tracking.store import EXPERIMENT, KIND, QUIET, mlruns, store_uri
 
 VIEW = "pipeline"
 PORTS_TRIED = 50

@@ -32,5 +32,5 @@ def test_plugins_know_the_library_and_not_each_other() -> None:
 
 
 def test_only_tracking_and_its_ui_know_mlflow() -> None:
-    users = {file.name for file, module in _imports("pipeline") if module.split(".")[0] == "mlflow"}
-    assert users <= {"tracking.py", "ui.py"}
+    users = [file for file, module in _imports("pipeline") if module.split(".")[0] == "mlflow"]
+    assert {str(file.relative_to(ROOT)) for file in users} == {"pipeline/tracking/scribe.py"}

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import tracking
 from pipeline.config import Config
 from pipeline.layout import Layout
 from pipeline.tracking import Tracker, track
+from pipeline.tracking import tracker as tracker_module
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_metrics_are_sent_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     tracker.metrics({"loss": 1.0}, 1)
     tracker.metrics({"loss": 0.5}, 2)
     assert sent == []
-    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(tracker_module, "FLUSH_SECONDS", 0.0)
     tracker.metrics({"loss": 0.25}, 3)
     (message,) = sent
     assert [(key, value, step) for key, value, _, step in message["metrics"]] == [

@@ -57,11 +57,20 @@ def review(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Review]:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, "-c", f"from pipeline.ui import serve; serve(port={port})"]
+        command = [sys.executable, "-c", SERVE.format(port=port)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         yield Review(process, _printed(process), port)
         process.kill()
         process.communicate()
+
+
+# A job started in the background inherits an ignored SIGINT; a person's terminal does not.
+SERVE = """
+import signal
+from pipeline.ui import serve
+signal.signal(signal.SIGINT, signal.default_int_handler)
+serve(port={port})
+"""
 
 
 def _printed(process: subprocess.Popen[str]) -> list[str]:

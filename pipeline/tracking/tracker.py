@@ -1,0 +1,184 @@
+"""What stages use: a tracked run, and what can be noted of it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import SECTIONS, Config
+from pipeline.layout import Layout, project_root
+from pipeline.tracking.process import ScribeProcess, the_scribe
+from pipeline.tracking.store import milliseconds, mlruns, store_uri
+
+FLUSH_SECONDS = 10.0
+
+Send = Callable[[dict[str, Any]], None]
+
+
+class Tracker:
+    """Notes one run. Every method returns at once; none raises when tracking fails."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._metrics: list[tuple[str, float, int, int]] = []
+        self._flushed = time.monotonic()
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Parameters as used; each is set once in a run."""
+        self._send({"do": "log", "params": {key: str(value) for key, value in values.items()}})
+
+    def metrics(self, values: Mapping[str, float], forward_passes: int) -> None:
+        """Figures measured after so many forward passes (MLflow's step).
+
+        They are kept here and sent every ``FLUSH_SECONDS``. What is not finite is noted as NaN: MLflow would
+        write infinity as 1.8e308, and no chart would show anything else.
+        """
+        now = milliseconds()
+        for key, value in values.items():
+            self._metrics.append((key, value if math.isfinite(value) else math.nan, now, forward_passes))
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Words about the run; a later value replaces an earlier one."""
+        self._send({"do": "log", "tags": {key: str(value) for key, value in values.items()}})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Keeps a copy of the file ``path`` in the run's ``folder``; it must stay until the run ends."""
+        self._send({"do": "artifact", "path": str(path.resolve()), "folder": folder})
+
+    def dataset(self, name: str, digest: str, source: str) -> None:
+        """The data the run used; ``digest`` is cut to the 36 characters MLflow takes."""
+        self._send({"do": "dataset", "name": name, "digest": digest[:36], "source": source})
+
+    def flush(self) -> None:
+        """Sends the figures kept so far."""
+        if self._metrics:
+            self._send({"do": "log", "metrics": self._metrics})
+        self._metrics = []
+        self._flushed = time.monotonic()
+
+
+@contextmanager
+def track(stage: str, config: Config, layout: Layout) -> Iterator[Tracker]:
+    """A tracked run of ``stage``: FINISHED, FAILED when an exception leaves it, KILLED on Ctrl-C.
+
+    ``PIPELINE_TRACKING=off``, or no mlflow installed: a tracker that does nothing. A store that cannot be
+    reached costs one line on stderr.
+    """
+    scribe = the_scribe()
+    if scribe is None:
+        yield Tracker(lambda message: None)
+        return
+    run = uuid.uuid4().hex
+    tracker = Tracker(lambda message: scribe.send({"run": run, **message}))
+    _start(tracker, scribe, run, stage, config, layout)
+    status = "FINISHED"
+    try:
+        yield tracker
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except BaseException as error:
+        status = "FAILED"
+        tracker.tags({"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]})
+        raise
+    finally:
+        if stage == "prepare":
+            _note_data(tracker, layout)
+        tracker.flush()
+        scribe.end(run, status)
+
+
+def _start(
+    tracker: Tracker, scribe: ScribeProcess, run: str, stage: str, config: Config, layout: Layout
+) -> None:
+    commit = _commit()
+    own = layout.root.resolve() != project_root()
+    name = layout.root.name if own else "-".join(["repro", *([commit[:7]] if commit else [])])
+    message: dict[str, Any] = {"do": "start", "run": run, "uri": store_uri(), "name": f"{name}/{stage}"}
+    message["at"] = milliseconds()
+    if message["uri"].startswith("sqlite:"):
+        message["artifacts"] = (mlruns() / "artifacts").as_uri()
+    scribe.send({**message, "tags": _tags(stage, config, commit)})
+    tracker.params(_params(stage, config))
+    if stage != "prepare":
+        _note_data(tracker, layout)
+
+
+def _params(stage: str, config: Config) -> dict[str, Any]:
+    """What the stage reads: its section and what stands above all sections; evaluate reads everything."""
+    others = set(SECTIONS) - {stage} if stage != "evaluate" else set()
+    return {key: value for key, value in config.flat().items() if key.split(".")[0] not in others}
+
+
+def _tags(stage: str, config: Config, commit: str) -> dict[str, str]:
+    tags = {
+        "stage": stage,
+        "device": _device(config),
+        "machine": f"{platform.node()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
+        "mlflow.source.name": f"stages/{stage}.py",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
+    }
+    if stage != "prepare":
+        training = config.pretrain if stage == "pretrain" else config.finetune
+        tags.update(optimizer=training.optimizer, space=training.space)
+    if commit:
+        bare = commit.removesuffix("-dirty")
+        tags.update({"git.commit": bare, "git.dirty": str(bare != commit).lower()})
+        tags["mlflow.source.git.commit"] = bare
+    return tags
+
+
+def _device(config: Config) -> str:
+    """The device chosen; torch is not imported only to say so."""
+    if config.device != "auto" or "torch" not in sys.modules:
+        return config.device
+    from pipeline.models import choose_device
+
+    return str(choose_device("auto"))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return "unknown"
+
+
+def _commit() -> str:
+    """The project's commit, with ``-dirty`` behind it if tracked files were changed; empty without git."""
+    command = ["git", "-C", str(project_root()), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def _note_data(tracker: Tracker, layout: Layout) -> None:
+    """The hash of the prepared data, if there is any."""
+    path = layout.prepared / "card.json"
+    if not path.is_file():
+        return
+    card = json.loads(path.read_text(encoding="utf-8"))
+    if digest := card.get("hash"):
+        sources = [source["source"] for source in card.get("sources", [])]
+        tracker.tags({"data": digest})
+        tracker.dataset(sources[0] if sources else "data", digest, str(layout.prepared))
