@@ -39,6 +39,7 @@ Set = Annotated[
 
 @app.command()
 def run(
+    context: typer.Context,
     optimizer: Annotated[
         str | None, typer.Option(metavar="SPEC", help="backend[:Name][,key=value…] for the finetune stage.")
     ] = None,
@@ -76,6 +77,9 @@ def run(
         bool, typer.Option("--baselines/--no-baselines", help="Majority, zero-shot, linear probe, AdamW.")
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a run that was cut off; alone.")
+    ] = None,
 ) -> None:
     """Run prepare → pretrain → finetune → evaluate into runs/NAME.
 
@@ -83,9 +87,14 @@ def run(
     pipeline run --optimizer nevergrad:OnePlusOne --forward-passes 400
     pipeline run --optimizer cmaes:SepCMA --seed 1 --no-baselines
     pipeline run --name mine --to pretrain && pipeline run --name mine --from finetune
+    pipeline run --resume mine
     """
     from pipeline import runs
     from pipeline.layout import Layout
+
+    if resume is not None:
+        _resume(context, resume)
+        return
 
     files = {"train": train, "validation": validation, "test": test, "text": text, "label": label}
     chosen = _configure(
@@ -202,6 +211,24 @@ def ui(
     from pipeline.ui import serve
 
     serve(port=port, host=host, open_browser=browser)
+
+
+def _resume(context: typer.Context, name: str) -> None:
+    """Goes on with the run ``name``, which brings its own parameters.
+
+    Raises:
+        UserError: another option was given, there is no such run, or it is whole.
+    """
+    from pipeline import runs
+
+    for option in context.command.params:
+        given = context.get_parameter_source(str(option.name))
+        if option.name != "resume" and given is not None and given.name == "COMMANDLINE":
+            raise UserError(f"--resume takes the run's own parameters; leave out {option.opts[0]}")
+    layout = runs.find(name)
+    chosen, stages = runs.unfinished(layout)
+    runs.execute(chosen, layout, stages, resume=True)
+    typer.echo(f"\n{_shown(layout.root)}: metrics.json, report.md, plots/. Review: pipeline ui")
 
 
 def _configure(

@@ -70,8 +70,30 @@ def preflight(config: Config) -> None:
         create(plan.optimizer, Problem(8, kind, max(1, options.forward_passes), config.seed), plan.defaults)
 
 
-def execute(config: Config, layout: Layout, stages: Sequence[str]) -> None:
+def unfinished(layout: Layout) -> tuple[Config, tuple[str, ...]]:
+    """The parameters of a run that was cut off, and the stages it has still to do.
+
+    Raises:
+        UserError: it is whole.
+    """
+    config = configuration.read(layout.params)
+    last_written = {
+        "prepare": layout.prepared / "card.json",
+        "pretrain": layout.pretrained / "metrics.json",
+        "finetune": layout.finetuned / "metrics.json",
+        "evaluate": layout.report,
+    }
+    for stage in ORDER:
+        skipped = stage == "finetune" and config.prepare.task == "none"
+        if not last_written[stage].is_file() and not skipped:
+            return config, stages_between(stage, None)
+    raise UserError(f"{layout.root} is finished: nothing is left to resume")
+
+
+def execute(config: Config, layout: Layout, stages: Sequence[str], *, resume: bool = False) -> None:
     """Runs the stages; the parameters as used are written first.
+
+    With ``resume`` the first of them goes on from what was left of it.
 
     Raises:
         UserError: the folder holds a run with other parameters for the stages that are kept.
@@ -82,7 +104,7 @@ def execute(config: Config, layout: Layout, stages: Sequence[str]) -> None:
     for stage in stages:
         if stage == "finetune" and config.prepare.task == "none":
             continue
-        run(stage, config, layout)
+        run(stage, config, layout, resume=resume and stage == stages[0])
 
 
 def _same_before(layout: Layout, config: Config, first: str) -> None:

@@ -15,6 +15,7 @@ pace without shaking what is already trained under it (discriminative rates: How
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from pipeline.errors import UserError, nearest, unknown
 from pipeline.optimizer import Candidate, Seeded
 from pipeline.registry import Spec
 from pipeline.tasks.base import TaskModel
+
+_RADII_KEPT = 1024  # lengths of sphere directions: a step asks for each several times
 
 OPTIONS: dict[str, dict[str, int | float]] = {
     "full": {"encoder_scale": 1.0},
@@ -77,7 +80,10 @@ def _check_option(space: str, key: str, value: Any, wanted: type) -> None:
 
 
 class Space:
-    """The searched tensors of a model, and every way to read, perturb and move them."""
+    """The searched tensors of a model, and every way to read, perturb and move them.
+
+    ``fused`` asks for compiled noise: the same bits, sooner, after a compilation of some seconds.
+    """
 
     def __init__(self, kind: str, tensors: Iterable[tuple[str, nn.Parameter, float]]) -> None:
         self.kind = kind
@@ -88,6 +94,8 @@ class Space:
             offset += parameter.numel()
         self.elements = offset
         self._start: list[Tensor] | None = None
+        self._radii: dict[int, float] = {}
+        self.fused = False
         if not offset:
             raise UserError(
                 f"the space '{kind}' has no parameters in this model; choose another, such as full"
@@ -117,10 +125,9 @@ class Space:
 
         None where rows cannot be had on their own.
         """
-        columns = searched.parameter.shape[1]
-        indices = searched.offset + rows[..., None] * columns + torch.arange(columns, device=rows.device)
-        z = noise.direction_at(candidate.seed, indices, candidate.distribution)
-        return z * (candidate.scale * searched.scale)
+        law, factor = self._law(candidate.seed, candidate.distribution)
+        z = noise.rows(candidate.seed, searched.offset, rows, searched.parameter.shape[1], law)
+        return z.mul_(candidate.scale * factor * searched.scale)
 
     def move(
         self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float
@@ -128,6 +135,9 @@ class Space:
         """θ ← (1 − decay) θ + Σ coefficientᵢ z(seedᵢ), summed in float32 before it touches the weights."""
         for searched in self.tensors:
             weight = searched.parameter.data
+            if len(seeds) == 1 and not decay:  # nothing to sum
+                weight.copy_(self._along(searched, weight, seeds[0], coefficients[0], distribution))
+                continue
             change = self._combined(searched, seeds, coefficients, distribution)
             if decay and weight.dim() > 1:
                 change.add_(weight, alpha=-decay)
@@ -163,21 +173,35 @@ class Space:
         parameter = searched.parameter
         change = torch.zeros(parameter.numel(), device=parameter.device)
         for seed, coefficient in zip(seeds, coefficients, strict=True):
-            z = noise.direction(seed, searched.offset, change.numel(), distribution, change.device)
-            change.add_(z, alpha=coefficient * searched.scale)
+            change = self._along(searched, change, seed, coefficient, distribution)
         return change.view(parameter.shape)
+
+    def _along(
+        self, searched: Searched, values: Tensor, seed: int, scale: float, distribution: str
+    ) -> Tensor:
+        """``values``, like ``searched``, plus its part of ``scale`` · z(seed)."""
+        law, factor = self._law(seed, distribution)
+        scale *= factor * searched.scale
+        return noise.added(values, seed, searched.offset, law, scale, fused=self.fused)
 
     def _shifted(self, searched: Searched, candidate: Seeded) -> Tensor:
         weight = searched.parameter.detach()
-        z = noise.direction(
-            candidate.seed, searched.offset, weight.numel(), candidate.distribution, weight.device
-        ).view(weight.shape)
-        return torch.add(weight, z, alpha=candidate.scale * searched.scale).to(weight.dtype)
+        return self._along(searched, weight, candidate.seed, candidate.scale, candidate.distribution)
 
     def _displaced(self, searched: Searched, coordinates: Tensor) -> Tensor:
         start = self._start_of(searched)
         part = coordinates[searched.offset : searched.offset + start.numel()]
         return torch.add(start, part.view(start.shape), alpha=searched.scale).to(start.dtype)
+
+    def _law(self, seed: int, distribution: str) -> tuple[str, float]:
+        """The law of the elements of a direction, and what scales it as a whole."""
+        if distribution != "sphere":
+            return distribution, 1.0
+        if seed not in self._radii:
+            if len(self._radii) >= _RADII_KEPT:
+                self._radii.clear()
+            self._radii[seed] = noise.radius(seed, self.size, self.device)
+        return "gaussian", math.sqrt(self.size) / self._radii[seed]
 
     def _start_of(self, searched: Searched) -> Tensor:
         """The tensor as it was when coordinates were first used: what they displace."""
@@ -212,8 +236,9 @@ class Projection(Space):
         """As in `Space`, in coordinates; the decay draws them to the start point."""
         point = self._point * (1.0 - decay)
         for seed, coefficient in zip(seeds, coefficients, strict=True):
-            z = noise.direction(seed, 0, self.dimension, distribution, point.device)
-            point.add_(z, alpha=coefficient)
+            law, factor = self._law(seed, distribution)
+            z = noise.direction(seed, 0, self.dimension, law, point.device)
+            point.add_(z, alpha=coefficient * factor)
         self.place(point)
 
     def place(self, coordinates: Tensor) -> None:
@@ -221,8 +246,9 @@ class Projection(Space):
         self._point = coordinates.clone()
 
     def _shifted(self, searched: Searched, candidate: Seeded) -> Tensor:
-        z = noise.direction(candidate.seed, 0, self.dimension, candidate.distribution, self._point.device)
-        return self._displaced(searched, torch.add(self._point, z, alpha=candidate.scale))
+        law, factor = self._law(candidate.seed, candidate.distribution)
+        z = noise.direction(candidate.seed, 0, self.dimension, law, self._point.device)
+        return self._displaced(searched, torch.add(self._point, z, alpha=candidate.scale * factor))
 
     def _displaced(self, searched: Searched, coordinates: Tensor) -> Tensor:
         start = self._start_of(searched)

@@ -27,11 +27,15 @@ ORDER = ("prepare", "pretrain", "finetune", "evaluate")
 
 @dataclass
 class Context:
-    """What a stage is given: its parameters, its directories, where to report."""
+    """What a stage is given: its parameters, its directories, where to report.
+
+    ``resume`` asks it to go on from what a killed execution of it left.
+    """
 
     config: Config
     layout: Layout
     tracker: Tracker
+    resume: bool = False
 
     def say(self, text: str) -> None:
         """One line for whoever watches."""
@@ -78,7 +82,7 @@ class Context:
 Stage = Callable[[Context], dict[str, float]]
 
 
-def run(name: str, config: Config, layout: Layout) -> dict[str, float]:
+def run(name: str, config: Config, layout: Layout, *, resume: bool = False) -> dict[str, float]:
     """Runs one stage under a tracked run; its figures.
 
     Raises:
@@ -91,7 +95,7 @@ def run(name: str, config: Config, layout: Layout) -> dict[str, float]:
         raise UserError(f"the stage '{name}' is not installed; reinstall the package with pip install -e .")
     stage: Stage = found[name].load()
     with track(name, config, layout) as tracker:
-        return stage(Context(config, layout, tracker))
+        return stage(Context(config, layout, tracker, resume))
 
 
 def script(name: str) -> None:
@@ -103,11 +107,15 @@ def script(name: str) -> None:
 
 
 @contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that takes ``path``'s place when all went well, and not before."""
+def fresh_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
+    """A folder to write into that takes ``path``'s place when all went well, and not before.
+
+    It is empty, or with ``resume`` as it was left when writing was cut off.
+    """
     building = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    if not resume:
+        shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True, exist_ok=True)
     yield building
     shutil.rmtree(path, ignore_errors=True)
     building.rename(path)

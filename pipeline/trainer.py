@@ -16,7 +16,7 @@ from pipeline.optimizer import Problem
 from pipeline.registry import Spec, create
 from pipeline.space import Space
 from pipeline.tasks.base import BatchSource, TaskModel
-from pipeline.trajectory import Header, Recorder
+from pipeline.trajectory import Header, Recorder, Trajectory, redo
 
 Measure = Callable[[], dict[str, float]]
 """Held-out figures at the current weights; ``loss`` is among them."""
@@ -61,68 +61,123 @@ def train(
     measure: Measure,
     *,
     trajectory: Path | None = None,
+    resume: bool = False,
     on_step: OnMeasure | None = None,
     on_measure: OnMeasure | None = None,
 ) -> Result:
     """Trains ``model`` in place.
 
     With ``patience`` the weights of the best measurement are kept, and training stops after that many
-    without a better one; without it, those of the last step are.
+    without a better one; without it, those of the last step are. With ``resume`` a run whose ``trajectory``
+    was cut off goes on from it, and ends with the weights of an unbroken one, bit for bit.
 
     Raises:
-        UserError: a budget below one step, or an optimizer that refuses the space.
+        UserError: a budget below one step, an optimizer that refuses the space, or a trajectory to go on
+            from that is of another run or used gradients.
     """
-    started = time.perf_counter()
-    problem = Problem(space.size, space.kind, training.forward_passes, training.run_seed, space.device)
-    optimizer = create(training.optimizer, problem, training.defaults)
-    engine = Engine(model, space, training.forward_passes, training.run_seed)
-    recorder = Recorder(trajectory, _header(training, space)) if trajectory else None
-    best = _Best(space, training.patience)
-    result = Result(0, 0.0, 0, [])
-
-    def measured() -> bool:
-        """Measures, notes, and says whether to go on."""
-        figures = measure()
-        result.curve.append((engine.forward_passes, figures))
-        if on_measure:
-            on_measure(engine.forward_passes, figures)
-        return best.go_on(figures["loss"], result.steps)
-
+    loop = _Loop(training, model, space, measure, on_measure)
+    header = _header(training, space)
+    recorder = None
     try:
-        measured()
-        due = training.evaluate_every
-        while True:
-            evaluator = engine.bind(batches(result.steps), result.steps)
-            try:
-                report = optimizer.step(evaluator)
-            except BudgetSpent:
-                break
-            result.steps += 1
-            result.forward_passes = engine.forward_passes
-            if recorder:
-                recorder.step(engine.forward_passes, report, evaluator.record.losses, evaluator.record.moves)
-            if on_step:
-                on_step(engine.forward_passes, {"train_loss": report.loss, **report.metrics})
-            if engine.forward_passes >= due:
-                due = engine.forward_passes + training.evaluate_every
-                if not measured():
-                    break
-        if not result.steps:
-            raise UserError(
-                f"{training.forward_passes} forward passes are fewer than one step of "
-                f"'{training.optimizer}' takes; raise forward_passes"
-            )
-        if result.curve[-1][0] < result.forward_passes:
-            measured()
-        kept = best.restore(result.steps)
+        if resume and trajectory and Trajectory.begun(trajectory):
+            loop.go_on_from(Trajectory.read(trajectory), header)
+            recorder = Recorder(trajectory, header, go_on=True)
+        elif trajectory:
+            recorder = Recorder(trajectory, header)
+        loop.run(batches, recorder, on_step)
+        kept = loop.best.restore(loop.result.steps)
         if recorder:
             recorder.end(kept, space.digest())
     finally:
-        engine.close()
+        loop.engine.close()
         if recorder:
             recorder.close()
-    result.seconds = time.perf_counter() - started
-    return result
+    return loop.result
+
+
+class _Loop:
+    """The state of a run: what `train` would lose if it were killed, and the trajectory gives back."""
+
+    def __init__(
+        self,
+        training: Training,
+        model: TaskModel,
+        space: Space,
+        measure: Measure,
+        on_measure: OnMeasure | None,
+    ) -> None:
+        problem = Problem(space.size, space.kind, training.forward_passes, training.run_seed, space.device)
+        self.training = training
+        self.optimizer = create(training.optimizer, problem, training.defaults)
+        self.engine = Engine(model, space, training.forward_passes, training.run_seed)
+        self.best = _Best(space, training.patience)
+        self.result = Result(0, 0.0, 0, [])
+        self._measure = measure
+        self._on_measure = on_measure
+        self._started = time.perf_counter()
+        self._due = 0
+        self._going = True
+
+    def go_on_from(self, before: Trajectory, header: Header) -> None:
+        """Brings everything to where ``before`` was cut off.
+
+        Raises:
+            UserError: it is of another run, or its optimizer used gradients.
+        """
+        if before.header != header:
+            raise UserError("the run to go on with was made with other parameters, data or weights")
+        seconds = 0.0
+        for line in before.lines:
+            if "measured" in line:
+                self._note(line["forward_passes"], line["measured"])
+                seconds = line["seconds"]
+            else:
+                redo(line, self.engine.space, self.optimizer)
+                self.result.steps += 1
+                self.engine.forward_passes = self.result.forward_passes = line["forward_passes"]
+        self._started -= seconds
+
+    def run(self, batches: BatchSource, recorder: Recorder | None, on_step: OnMeasure | None) -> None:
+        """Steps, and measures when due, until the budget is spent or patience is."""
+        while self._going:
+            if self.engine.forward_passes >= self._due:
+                self._measured(recorder)
+                continue
+            evaluator = self.engine.bind(batches(self.result.steps), self.result.steps)
+            try:
+                report = self.optimizer.step(evaluator)
+            except BudgetSpent:
+                break
+            self.result.steps += 1
+            self.result.forward_passes = made = self.engine.forward_passes
+            if recorder:
+                record = evaluator.record
+                recorder.step(made, report, record.losses, record.moves, self.optimizer.state_dict())
+            if on_step:
+                on_step(made, {"train_loss": report.loss, **report.metrics})
+        if not self.result.steps:
+            raise UserError(
+                f"{self.training.forward_passes} forward passes are fewer than one step of "
+                f"'{self.training.optimizer}' takes; raise forward_passes"
+            )
+        if self.result.curve[-1][0] < self.result.forward_passes:
+            self._measured(recorder)
+        self.result.seconds = time.perf_counter() - self._started
+
+    def _measured(self, recorder: Recorder | None) -> None:
+        made = self.result.forward_passes
+        figures = self._measure()
+        if recorder:
+            recorder.measurement(made, figures, time.perf_counter() - self._started)
+        self._note(made, figures)
+
+    def _note(self, made: int, figures: dict[str, float]) -> None:
+        """A measurement, made now or before: it says when the next is due, and whether to go on."""
+        self.result.curve.append((made, figures))
+        self._due = made + max(1, self.training.evaluate_every)
+        if self._on_measure:
+            self._on_measure(made, figures)
+        self._going = self.best.go_on(figures["loss"], self.result.steps)
 
 
 class _Best:

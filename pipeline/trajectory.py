@@ -1,10 +1,11 @@
 """The append-only record of a run, and the run again from it.
 
-One JSON object a line: a header, a line for each step, an end. A step along seeds is its seeds and
-coefficients; a step of a population method is the losses it was told, since such a method is a function of
-its seed and them. Either way the file holds scalars only, and with the start weights it gives every weight
-of the run back, bit for bit, without one forward pass. A torn last line, from a run that was killed, is
-ignored.
+One JSON object a line: a header, a line for each step and each measurement, an end. A step along seeds is its
+seeds and coefficients, and the optimizer's state after it; a step of a population method, or of one whose
+state is more than scalars, is the losses it was told, since such a method is a function of its seed and them.
+Either way the file holds scalars only. With the start weights it gives every weight of the run back, bit for
+bit, without one forward pass, and the optimizer's state with them: a run that was killed goes on from it as
+if nothing had happened. A torn last line is ignored.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from pipeline import noise
 from pipeline.errors import UserError
-from pipeline.optimizer import Candidate, Problem, StepReport
+from pipeline.optimizer import Candidate, Optimizer, Problem, StepReport
 from pipeline.registry import Spec, create
 from pipeline.space import Space
 
-FORMAT = 1
+FORMAT = 2
 FILE = "trajectory.jsonl"
 
 
@@ -54,17 +55,31 @@ class Header:
 class Recorder:
     """Writes a trajectory; each line is flushed when its step is done."""
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: Header, *, go_on: bool = False) -> None:
+        """Begins the file, or goes on behind its last whole line."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("w", encoding="utf-8")
-        self._write(asdict(header))
+        if go_on:
+            _drop_end(path)
+        self._file: TextIO = path.open("a" if go_on else "w", encoding="utf-8")
+        if not go_on:
+            self._write(asdict(header))
 
     def step(
-        self, forward_passes: int, report: StepReport, losses: list[list[float]], moves: list[dict[str, Any]]
+        self,
+        forward_passes: int,
+        report: StepReport,
+        losses: list[list[float]],
+        moves: list[dict[str, Any]],
+        state: dict[str, Any],
     ) -> None:
-        """Notes a step: ``forward_passes`` made so far, its loss, and its moves or else the losses told."""
-        made = {"moves": moves} if moves else {"losses": losses}
+        """Notes a step: ``forward_passes`` made so far, its loss, and what it takes to do it again."""
+        scalars = all(isinstance(value, int | float | str | bool) for value in state.values())
+        made = {"moves": moves, "state": state} if moves and scalars else {"losses": losses}
         self._write({"forward_passes": forward_passes, "loss": report.loss, **made})
+
+    def measurement(self, forward_passes: int, figures: dict[str, float], seconds: float) -> None:
+        """Notes held-out figures, and the seconds the run has taken until then."""
+        self._write({"forward_passes": forward_passes, "measured": figures, "seconds": seconds})
 
     def end(self, kept_step: int, digest: str) -> None:
         """Notes that the run ended by itself, at which step its weights were kept, and their digest."""
@@ -78,13 +93,31 @@ class Recorder:
         self._file.flush()
 
 
+def _drop_end(path: Path) -> None:
+    """Cuts off a torn last line and the end, if it came so far."""
+    *whole, _torn = path.read_bytes().split(b"\n")
+    if "digest" in json.loads(whole[-1]):
+        whole.pop()
+    with path.open("r+b") as file:
+        file.truncate(sum(len(line) + 1 for line in whole))
+
+
 @dataclass(frozen=True)
 class Trajectory:
-    """A trajectory read back. ``end`` is None when the run was cut off."""
+    """A trajectory read back: its ``lines`` are steps and measurements. ``end`` is None after a cut."""
 
     header: Header
-    steps: list[dict[str, Any]]
+    lines: list[dict[str, Any]]
     end: dict[str, Any] | None
+
+    @staticmethod
+    def begun(path: Path) -> bool:
+        """Whether ``path`` holds at least a whole header."""
+        return path.is_file() and b"\n" in path.read_bytes()
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "measured" not in line]
 
     @classmethod
     def read(cls, path: Path) -> Trajectory:
@@ -92,13 +125,12 @@ class Trajectory:
         if not path.is_file():
             raise UserError(f"no trajectory at {path}; was the stage run?")
         lines = []
-        raw = path.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(raw, 1):
+        *whole, _torn = path.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(whole, 1):
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
-                if number < len(raw):
-                    raise UserError(f"{path} line {number} is not JSON: the file is damaged") from None
+                raise UserError(f"{path} line {number} is not JSON: the file is damaged") from None
         try:
             header = Header(**lines[0])
         except (IndexError, TypeError):
@@ -122,21 +154,35 @@ class Trajectory:
                 "the start weights are not those of this trajectory: the model or the data has changed"
             )
         steps = self.steps if self.end is None else self.steps[: self.end["kept_step"]]
-        spec = Spec.parse(self.header.optimizer)
+        optimizer = None
         if any("moves" not in step for step in steps):
+            spec = Spec.parse(self.header.optimizer)
             optimizer = create(spec, self.header.problem(space.device), self.header.defaults)
-            for step in steps:
-                optimizer.step(_Retold(space, step["losses"]))
-        else:
-            for step in steps:
-                for move in step["moves"]:
-                    space.move(**move)
+        directions = sum(len(move["seeds"]) for step in steps for move in step.get("moves", ()))
+        space.fused = noise.worth_fusing(directions * space.elements)
+        for step in steps:
+            redo(step, space, optimizer)
         digest = space.digest()
         if self.end is not None and digest != self.end["digest"]:
             raise UserError(
                 f"replay ended at weights {digest[:12]}, the run at {self.end['digest'][:12]}: not the same"
             )
         return digest
+
+
+def redo(step: dict[str, Any], space: Space, optimizer: Optimizer | None) -> None:
+    """Does a recorded step again, without a forward pass: moves ``space``, and ``optimizer`` to its state.
+
+    Raises:
+        UserError: the step needs gradients, or the optimizer asks for something else than it did.
+    """
+    if "moves" in step:
+        for move in step["moves"]:
+            space.move(**move)
+        if optimizer is not None:
+            optimizer.load_state_dict(step["state"])
+    elif optimizer is not None:
+        optimizer.step(_Retold(space, step["losses"]))
 
 
 class _Retold:

@@ -21,7 +21,7 @@ def finetune(context: Context) -> dict[str, float]:
         f"{training.forward_passes:,} forward passes"
     )
     validation = begin.validation.by_length(config.finetune.batch_size)
-    with fresh_folder(layout.finetuned) as folder:
+    with fresh_folder(layout.finetuned, resume=context.resume) as folder:
         with context.training_progress("finetune", training.forward_passes) as (on_step, on_measure):
             result = train(
                 training,
@@ -30,6 +30,7 @@ def finetune(context: Context) -> dict[str, float]:
                 begin.batch,
                 lambda: measure(begin.model, validation),
                 trajectory=folder / FILE,
+                resume=context.resume,
                 on_step=on_step,
                 on_measure=on_measure,
             )

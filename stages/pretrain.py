@@ -19,7 +19,7 @@ def pretrain(context: Context) -> dict[str, float]:
         f"pretrain: {begin.objective}, {training.optimizer} over {training.space} "
         f"({begin.space.size:,} coordinates), {training.forward_passes:,} forward passes"
     )
-    with fresh_folder(layout.pretrained) as folder:
+    with fresh_folder(layout.pretrained, resume=context.resume) as folder:
         metrics: dict[str, float] = {}
         if config.pretrain.enabled:
             with context.training_progress("pretrain", training.forward_passes) as (on_step, on_measure):
@@ -30,6 +30,7 @@ def pretrain(context: Context) -> dict[str, float]:
                     begin.batch,
                     lambda: measure(begin.model, begin.validation),
                     trajectory=folder / FILE,
+                    resume=context.resume,
                     on_step=on_step,
                     on_measure=on_measure,
                 )

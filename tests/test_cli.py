@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,20 +18,21 @@ from pipeline.errors import UserError, guarded
 ROOT = Path(__file__).parent.parent
 
 
-def pipeline(*arguments: str, home: Path, tracking: str = "off") -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PIPELINE_HOME": str(home),
-        "PIPELINE_TRACKING": tracking,
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
+def pipeline(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    with started(*arguments, home=home) as process:
+        out, err = process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def started(*arguments: str, home: Path) -> subprocess.Popen[str]:
+    own = {"PIPELINE_HOME": str(home), "PIPELINE_TRACKING": "off", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
         [sys.executable, "-m", "pipeline", *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, **own},
         cwd=home,
-        check=False,
     )
 
 
@@ -49,12 +51,29 @@ def small(model: Path, *more: str) -> list[str]:
     ]
 
 
-def test_a_run_on_a_users_file_from_start_to_replay(bert: Path, table: Path, tmp_path: Path) -> None:
-    arguments = ["run", "--train", str(table), "--task", "classification", "--name", "mine"]
+@pytest.fixture(scope="module")
+def arguments(bert: Path, table: Path) -> list[str]:
+    """A run on a user's file."""
     columns = ["--text", "review", "--label", "verdict"]
-    done = pipeline(*arguments, *columns, *small(bert), home=tmp_path)
+    return ["run", "--train", str(table), "--task", "classification", *columns, *small(bert)]
+
+
+@pytest.fixture(scope="module")
+def whole(
+    arguments: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """That run from start to end: its folder, and what it said."""
+    home = tmp_path_factory.mktemp("whole")
+    done = pipeline(*arguments, "--name", "mine", home=home)
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "mine"
+    return home / "runs" / "mine", done
+
+
+def test_a_run_on_a_users_file_from_start_to_replay(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    run, done = whole
+    tmp_path = run.parent.parent
     metrics = json.loads((run / "metrics.json").read_text())
     for row in ("test", "zero_shot", "linear_probe", "adamw", "majority"):
         assert 0.0 <= metrics[f"{row}/accuracy_low"] <= metrics[f"{row}/accuracy"] <= 1.0
@@ -72,13 +91,50 @@ def test_a_run_on_a_users_file_from_start_to_replay(bert: Path, table: Path, tmp
     shown = pipeline("show", "mine", "--json", home=tmp_path)
     assert json.loads(shown.stdout) == metrics
 
+    finished = pipeline("run", "--resume", "mine", home=tmp_path)
+    assert finished.returncode == 2
+    assert "nothing is left to resume" in finished.stderr
+
     weights = run / "models" / "finetuned" / "classifier.safetensors"
+    original = weights.read_bytes()
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
     refused = pipeline("replay", "mine", "--stage", "finetune", home=tmp_path)
     assert refused.returncode == 2
     assert "was changed after the run" in refused.stderr
+    weights.write_bytes(original)
+
+
+def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], arguments: list[str], tmp_path: Path
+) -> None:
+    models = tmp_path / "runs" / "mine" / "models"
+    command = [*arguments, "--name", "mine", "--no-baselines"]
+    for stage in ("pretrained", "finetuned"):
+        with started(*command, home=tmp_path) as process:
+            trajectory = models / f".{stage}.partial" / "trajectory.jsonl"
+            until = time.monotonic() + 100
+            while not trajectory.is_file() or trajectory.read_bytes().count(b"\n") < 3:
+                assert process.poll() is None, "the run ended before it could be killed"
+                assert time.monotonic() < until
+                time.sleep(0.002)
+            process.kill()
+        assert trajectory.is_file()
+        command = ["run", "--resume", "mine"]
+    done = pipeline(*command, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "prepare:" not in done.stdout
+    assert "pretrain:" not in done.stdout
+    for stage in ("pretrained", "finetuned"):
+        for file in (whole[0] / "models" / stage).glob("*.safetensors"):
+            assert file.read_bytes() == (models / stage / file.name).read_bytes()
+
+
+def test_resume_takes_nothing_else(tmp_path: Path) -> None:
+    refused = pipeline("run", "--resume", "mine", "--seed", "3", home=tmp_path)
+    assert refused.returncode == 2
+    assert "leave out --seed" in refused.stderr
 
 
 # peft asks transformers in a way that the next major release will not know

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 N = 200_000
 
 
-@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", noise.LAWS)
 def test_mean_is_zero_and_variance_one(distribution: str) -> None:
     z = noise.direction(7, 0, N, distribution, CPU).double()
     assert abs(float(z.mean())) < 5 / N**0.5
@@ -28,7 +28,7 @@ def test_gaussian_is_gaussian() -> None:
     assert stats.kstest(z.numpy(), "norm").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", noise.LAWS)
 @pytest.mark.parametrize(("start", "count"), [(0, 1), (1, 64), (31, 2), (32, 33), (77, 500), (999, 1)])
 def test_a_slice_is_the_slice_of_the_whole(distribution: str, start: int, count: int) -> None:
     whole = noise.direction(11, 0, 1000, distribution, CPU)
@@ -36,7 +36,7 @@ def test_a_slice_is_the_slice_of_the_whole(distribution: str, start: int, count:
     assert torch.equal(part, whole[start : start + count])
 
 
-@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", noise.LAWS)
 def test_any_set_of_indices_is_the_whole_at_them(distribution: str) -> None:
     whole = noise.direction(11, 0, 1000, distribution, CPU)
     indices = torch.tensor([[5, 999], [0, 32]])
@@ -47,12 +47,50 @@ def test_any_set_of_indices_is_the_whole_at_them(distribution: str) -> None:
         torch.testing.assert_close(picked, whole[indices], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", noise.LAWS)
 @pytest.mark.parametrize(("seed", "start"), [(1, 0), (2, 0), (2**32, 0), (0, N), (0, 32), (0, 33)])
 def test_other_seeds_and_offsets_are_uncorrelated(distribution: str, seed: int, start: int) -> None:
     first = noise.direction(0, 0, N, distribution, CPU)
     second = noise.direction(seed, start, N, distribution, CPU)
     assert abs(float((first * second).mean())) < 5 / N**0.5
+
+
+@pytest.mark.parametrize("law", noise.LAWS)
+@pytest.mark.parametrize(("start", "columns"), [(64, 32), (64, 96), (7, 32), (64, 5)])
+def test_rows_are_those_of_the_whole(law: str, start: int, columns: int) -> None:
+    whole = noise.direction(11, start, 20 * columns, law, CPU).view(20, columns)
+    picked = torch.tensor([[3, 19], [0, 3]])
+    torch.testing.assert_close(
+        noise.rows(11, start, picked, columns, law), whole[picked], rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("law", "start", "count"), [("rademacher", 32, 640), ("rademacher", 5, 77), ("gaussian", 4, 77)]
+)
+def test_one_fused_pass_has_the_bits_of_the_eager_one(
+    dtype: torch.dtype, law: str, start: int, count: int
+) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
+    eager = noise.added(values, 2**61 + 5, start, law, 1e-3)
+    fused = noise.added(values, 2**61 + 5, start, law, 1e-3, fused=True)
+    assert eager.dtype == dtype
+    assert torch.equal(eager, fused)
+    z = noise.direction(2**61 + 5, start, count, law, CPU)
+    torch.testing.assert_close(eager, (values.float() + 1e-3 * z).to(dtype))
+
+
+def test_without_a_compiler_the_eager_path_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*args: object, **options: object) -> None:
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(noise, "_fused", noise._FusedKernel())
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    values = torch.zeros(64)
+    assert torch.equal(
+        noise.added(values, 1, 0, "rademacher", 1.0, fused=True), noise.direction(1, 0, 64, "rademacher", CPU)
+    )
 
 
 def test_derived_seeds_differ_by_path() -> None:

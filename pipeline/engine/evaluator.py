@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline import noise
 from pipeline.engine.onthefly import OnTheFly
-from pipeline.noise import derive
 from pipeline.objective import cross_entropy
 from pipeline.optimizer import Candidate
 from pipeline.space import Space
@@ -38,6 +38,7 @@ class Engine:
         self.budget = budget
         self.run_seed = run_seed
         self.forward_passes = 0
+        space.fused = noise.worth_fusing(space.elements * budget)
         self._hooks = OnTheFly(model, space)
         head = {id(parameter) for parameter in model.head_parameters()}
         self._head_only = all(id(searched.parameter) in head for searched in space.tensors)
@@ -79,7 +80,7 @@ class Engine:
         tensors = [searched.parameter for searched in self.space.tensors]
         cuda = [self.space.device] if self.space.device.type == "cuda" else []
         with torch.enable_grad(), torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(derive(self.run_seed, 4, step))
+            torch.manual_seed(noise.derive(self.run_seed, 4, step))
             self.model.train()
             try:
                 loss = cross_entropy(self.model(batch), batch.targets)

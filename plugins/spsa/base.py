@@ -1,0 +1,142 @@
+"""What the variants share: options, seeds of their own for every step, the schedule, the divergence guard."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pipeline.errors import UserError, unknown
+from pipeline.noise import DISTRIBUTIONS
+from pipeline.optimizer import Evaluator, Problem, Seeded, StepReport
+
+# the share of the learning rate that is left when a share of the budget is spent
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda spent: 1.0,
+    "linear": lambda spent: 1.0 - spent,
+    "cosine": lambda spent: 0.5 * (1.0 + math.cos(math.pi * spent)),
+}
+FLAT_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A space's perturbation scale ε, learning rate η and number of directions n."""
+
+    epsilon: float
+    learning_rate: float
+    directions: int
+
+
+class SPSA(ABC):
+    """θ ← θ − η(mean of cᵢ zᵢ + λθ): a variant scores points along n directions zᵢ and says their slopes cᵢ.
+
+    Args:
+        problem: the space and the budget.
+        epsilon: finite-difference scale ε; 0 takes the space's default.
+        learning_rate: η at the start; 0 takes the space's default.
+        directions: n (the papers' q); 0 takes the space's default.
+        distribution: ``rademacher``, ``gaussian`` or ``sphere``.
+        schedule: how η falls over the budget: ``linear`` or ``cosine`` to zero, or ``constant``.
+        weight_decay: λ, on matrices only.
+
+    Raises:
+        UserError: an option out of its range.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Settings]]
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        epsilon: float = 0.0,
+        learning_rate: float = 0.0,
+        directions: int = 0,
+        distribution: str = "rademacher",
+        schedule: str = "linear",
+        weight_decay: float = 0.0,
+    ) -> None:
+        if distribution not in DISTRIBUTIONS:
+            raise unknown("distribution", distribution, DISTRIBUTIONS)
+        if schedule not in SCHEDULES:
+            raise unknown("schedule", schedule, SCHEDULES)
+        if min(epsilon, learning_rate, directions, weight_decay) < 0:
+            raise UserError("spsa: epsilon, learning_rate, directions and weight_decay must not be negative")
+        default = self.DEFAULTS[problem.space]
+        self.epsilon = epsilon or default.epsilon
+        self.learning_rate = learning_rate or default.learning_rate
+        self.directions = directions or default.directions
+        self.distribution = distribution
+        self.weight_decay = weight_decay
+        self._schedule = SCHEDULES[schedule]
+        self._run_seed = problem.run_seed
+        self._steps = max(1, problem.forward_passes // self.passes_a_step)
+        self._step = 0
+        self._flat = 0
+
+    @property
+    @abstractmethod
+    def passes_a_step(self) -> int:
+        """Forward passes of one step."""
+
+    @abstractmethod
+    def scales(self) -> list[float]:
+        """The multiples of a direction at which each direction is scored, besides the point itself."""
+
+    @abstractmethod
+    def slopes(self, centre: float, losses: Sequence[Sequence[float]]) -> list[float]:
+        """cᵢ of each direction from the loss at the point (NaN if not asked for) and along the directions."""
+
+    centred: ClassVar[bool] = False
+    """Whether the loss at the point itself is scored too."""
+
+    def step(self, evaluator: Evaluator) -> StepReport:
+        """One update.
+
+        Raises:
+            UserError: a loss is not finite, or the losses of several steps did not react at all.
+        """
+        first = (self._run_seed << 32) + self._step * self.directions
+        seeds = range(first, first + self.directions)
+        scales = self.scales()
+        candidates = [Seeded(seed, scale, self.distribution) for seed in seeds for scale in scales]
+        if self.centred:
+            candidates = [Seeded(first, 0.0, self.distribution), *candidates]
+        losses = evaluator.losses(candidates)
+        self._guard(losses)
+        centre, along = (losses[0], losses[1:]) if self.centred else (math.nan, losses)
+        grouped = [along[i : i + len(scales)] for i in range(0, len(along), len(scales))]
+        slopes = self.slopes(centre, grouped)
+        rate = self.learning_rate * self._schedule(min(1.0, self._step / self._steps))
+        evaluator.move(
+            seeds,
+            [-rate * slope / self.directions for slope in slopes],
+            self.distribution,
+            rate * self.weight_decay,
+        )
+        self._step += 1
+        size = math.sqrt(sum(slope * slope for slope in slopes) / self.directions)
+        loss = centre if self.centred else sum(losses) / len(losses)
+        return StepReport(loss, {"projected_grad": size, "learning_rate": rate})
+
+    def _guard(self, losses: Sequence[float]) -> None:
+        if not all(math.isfinite(loss) for loss in losses):
+            raise UserError(
+                f"spsa: a loss of step {self._step} is not finite: the run has diverged; "
+                f"lower learning_rate (now {self.learning_rate:g})"
+            )
+        self._flat = self._flat + 1 if len(set(losses)) == 1 else 0
+        if self._flat == FLAT_STEPS:
+            raise UserError(
+                f"spsa: the loss stayed at exactly {losses[0]:g} for {FLAT_STEPS} steps, whatever was "
+                f"perturbed: raise epsilon (now {self.epsilon:g}), or search weights that reach the loss"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step, "flat": self._flat}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step, self._flat = state["step"], state["flat"]
