@@ -102,7 +102,7 @@ def run(
         files,
         {
             "finetune.optimizer": optimizer,
-            "model": model,
+            "model": None if model is None else _absolute(model),
             "prepare.task": task,
             "finetune.forward_passes": forward_passes,
             "seed": seed,
@@ -114,7 +114,7 @@ def run(
     if first and first != "prepare" and name is None:
         raise UserError(f"--from {first} goes on with a run: name it with --name")
     runs.preflight(chosen)
-    layout = Layout(runs.folder(name, chosen))
+    layout = Layout(runs.folder(name, chosen, make=not dry_run))
     if dry_run:
         typer.echo(runs.plan(chosen, layout, stages), nl=False)
         return
@@ -139,7 +139,7 @@ def replay(
     pipeline replay . --stage finetune --out rebuilt/
     """
     from pipeline import runs
-    from pipeline.replay import STAGES
+    from pipeline.replay import STAGES, recorded
     from pipeline.replay import replay as rebuild
     from pipeline.trajectory import FILE
 
@@ -148,16 +148,14 @@ def replay(
         raise unknown("stage", stage, STAGES)
     if out and not stage:
         raise UserError("--out needs --stage pretrain or --stage finetune")
-    folders = {"pretrain": layout.pretrained, "finetune": layout.finetuned}
-    chosen = [stage] if stage else [s for s in STAGES if (folders[s] / FILE).is_file()]
+    chosen = [stage] if stage else [s for s in STAGES if (recorded(layout, s) / FILE).is_file()]
     if not chosen:
         raise UserError(f"{_shown(layout.root)} holds no trajectory yet")
     for each in chosen:
         done = rebuild(layout, each, out)
-        typer.echo(
-            f"{each}: {done.steps:,} steps from {done.bytes / 1024:,.0f} KB, "
-            f"weights {done.digest[:16]}: identical to the run's"
-        )
+        end = "identical to the run's" if done.whole else "where the run was cut off"
+        size = f"{done.steps:,} steps from {done.bytes / 1024:,.0f} KB"
+        typer.echo(f"{each}: {size}, weights {done.digest[:16]}: {end}")
 
 
 @app.command()

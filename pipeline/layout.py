@@ -28,6 +28,15 @@ class Layout:
         """The model after fine-tuning, ``trajectory.jsonl``, ``metrics.json``."""
         return self.root / "models" / "finetuned"
 
+    def outputs(self, stage: str) -> list[Path]:
+        """What ``stage`` writes."""
+        return {
+            "prepare": [self.prepared],
+            "pretrain": [self.pretrained, partial(self.pretrained), self.plots / "pretrain.csv"],
+            "finetune": [self.finetuned, partial(self.finetuned), self.plots / "finetune.csv"],
+            "evaluate": [self.metrics, self.report, *sorted(self.plots.glob("*.png"))],
+        }[stage]
+
     @property
     def metrics(self) -> Path:
         """The flat verdict of the run."""
@@ -46,6 +55,11 @@ class Layout:
     def params(self) -> Path:
         """The configuration as used."""
         return self.root / "params.yaml"
+
+
+def partial(folder: Path) -> Path:
+    """Where ``folder`` is built before it takes its place; what a killed run leaves."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def project_root() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,20 +65,36 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(location: str) -> Any:
+    """The model's configuration."""
+    from transformers import AutoConfig
+
+    with _loading(location):
+        return AutoConfig.from_pretrained(location)
+
+
 def load_encoder(location: str) -> PreTrainedModel:
     """The model without a head, float32, in eval mode."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import MODEL_MAPPING, AutoModel
 
     with _loading(location):
         options: dict[str, Any] = {}
         # a pooler that nothing reads would be searched for nothing
-        if AutoConfig.from_pretrained(location).model_type in ("bert", "roberta", "xlm-roberta"):
+        built: Any = MODEL_MAPPING.get(type(load_config(location)), None)
+        if built and "add_pooling_layer" in inspect.signature(built).parameters:
             options["add_pooling_layer"] = False
         model: PreTrainedModel = AutoModel.from_pretrained(
             location, use_safetensors=True, dtype=torch.float32, **options
         )
     model.eval()
     return model
+
+
+def pass_through(reference: str, folder: Path) -> None:
+    """Saves a model without a head, and its tokenizer, as they come."""
+    location = locate(reference)
+    load_encoder(location).save_pretrained(str(folder))
+    load_tokenizer(location).save_pretrained(str(folder))
 
 
 def load_language_model(location: str, objective: str, seed: int) -> PreTrainedModel:
@@ -91,6 +108,11 @@ def load_language_model(location: str, objective: str, seed: int) -> PreTrainedM
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+    if objective == "clm" and self_supervised_objective(location) == "mlm":
+        raise UserError(
+            f"{location} reads its text in both directions, so the next token is no secret to it: "
+            "use pretrain.objective=mlm"
+        )
     auto = AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
     with _loading(location), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -101,14 +123,12 @@ def load_language_model(location: str, objective: str, seed: int) -> PreTrainedM
 
 def self_supervised_objective(location: str) -> str:
     """``clm`` for a decoder, ``mlm`` for an encoder: what the model's architecture is for."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    with _loading(location):
-        config = AutoConfig.from_pretrained(location)
+    config = load_config(location)
     names = [*(config.architectures or ())]
     if any(name.endswith(("CausalLM", "LMHeadModel")) for name in names):
         return "clm"
@@ -124,6 +144,7 @@ def self_supervised_objective(location: str) -> str:
 @contextmanager
 def _loading(location: str) -> Iterator[None]:
     """Loads without the library's progress bars and reports; its errors become one line."""
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -131,7 +152,7 @@ def _loading(location: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         offline = (
             " (no such directory here, and the hub was not reached)" if not os.path.isdir(location) else ""

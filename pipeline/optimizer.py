@@ -62,11 +62,19 @@ class StepReport:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+class BudgetSpent(Exception):
+    """The next candidates would cost more forward passes than are left. Nothing was scored."""
+
+
 class Evaluator(Protocol):
     """Scores and moves points on one batch. Bound to a step; every forward pass is counted by its maker."""
 
     def losses(self, candidates: Sequence[Candidate]) -> list[float]:
-        """The objective at each candidate, minimised, as Python floats; one forward pass each."""
+        """The objective at each candidate, minimised, as Python floats; one forward pass each.
+
+        Raises:
+            BudgetSpent: there are not so many left. A step lets it pass, or ends with what it has.
+        """
         ...
 
     def move(
@@ -138,16 +146,24 @@ class AskTellOptimizer:
         self._origin = Explicit(torch.zeros(problem.size, device=problem.device))
 
     def step(self, evaluator: Evaluator) -> StepReport:
-        origin = evaluator.losses([self._origin])[0]
-        told: list[float] = []
+        candidates = self.method.ask()
+        origin, *losses = evaluator.losses([self._origin, *candidates])
+        told = self._tell(candidates, losses, origin)
         while len(told) < self.MIN_EVALUATIONS:
             candidates = self.method.ask()
-            losses = [loss - origin for loss in evaluator.losses(candidates)]
-            losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
-            self.method.tell(candidates, losses)
-            told.extend(losses)
+            try:
+                losses = evaluator.losses(candidates)
+            except BudgetSpent:
+                break
+            told += self._tell(candidates, losses, origin)
         evaluator.place(self.method.recommend())
         return StepReport(loss=origin + min(told), metrics={"improvement": -min(told)})
+
+    def _tell(self, candidates: list[Explicit], losses: Sequence[float], origin: float) -> list[float]:
+        differences = [loss - origin for loss in losses]
+        differences = [loss if math.isfinite(loss) else math.inf for loss in differences]
+        self.method.tell(candidates, differences)
+        return differences
 
     def state_dict(self) -> dict[str, Any]:
         return self.method.state_dict()

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError, nearest, unknown
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.optimizer import Optimizer, Problem
 
 GROUP = "pipeline.optimizers"
@@ -182,10 +184,13 @@ def _refuse_too_large(
     spec: Spec, backend: Callable[..., Any], problem: Problem, options: dict[str, Any]
 ) -> None:
     """Refuses before anything is allocated. ``memory_bytes`` may raise its own, better-worded UserError."""
+    import torch
+
     declare = getattr(backend, "memory_bytes", None)
     if declare is None:
         return
-    needed, free = declare(problem, **options), free_bytes(problem)
+    where = torch.device("cpu") if getattr(backend, "in_host_memory", False) else problem.device
+    needed, free = declare(problem, **options), free_bytes(where)
     if needed > free:
         raise UserError(
             f"'{spec}' needs {readable_bytes(needed)} for the {problem.size:,} coordinates of the space "
@@ -206,12 +211,12 @@ def _fitting_dimension(
     return 10
 
 
-def free_bytes(problem: Problem) -> int:
-    """Free memory in bytes where the problem's tensors live."""
+def free_bytes(device: torch.device) -> int:
+    """Free memory of ``device`` in bytes."""
     import torch
 
-    if problem.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(problem.device)[0])
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
     return int(psutil.virtual_memory().available)

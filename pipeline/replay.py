@@ -11,8 +11,9 @@ from pipeline import config as configuration
 from pipeline import start
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.layout import Layout
+from pipeline.layout import Layout, partial
 from pipeline.models import merge_lora
+from pipeline.tasks.classification import START_FILE
 from pipeline.trajectory import FILE, Trajectory
 
 STAGES = ("pretrain", "finetune")
@@ -20,12 +21,22 @@ STAGES = ("pretrain", "finetune")
 
 @dataclass(frozen=True)
 class Replayed:
-    """A stage replayed: the digest of its searched weights, and how many steps and bytes it took."""
+    """A stage replayed: the digest of its searched weights, and how many steps and bytes it took.
+
+    ``whole`` is false where the run was cut off: then there are no final weights to hold it against.
+    """
 
     stage: str
     digest: str
     steps: int
     bytes: int
+    whole: bool
+
+
+def recorded(layout: Layout, stage: str) -> Path:
+    """The folder that holds the stage's trajectory: the finished one, else what a killed run left."""
+    folder = layout.pretrained if stage == "pretrain" else layout.finetuned
+    return folder if (folder / FILE).is_file() else partial(folder)
 
 
 def replay(layout: Layout, stage: str, out: Path | None = None) -> Replayed:
@@ -34,7 +45,9 @@ def replay(layout: Layout, stage: str, out: Path | None = None) -> Replayed:
     Raises:
         UserError: there is no trajectory, the start has changed, or the weights differ in any bit.
     """
-    folder = layout.pretrained if stage == "pretrain" else layout.finetuned
+    folder = recorded(layout, stage)
+    if out and out.resolve() == folder.resolve():
+        raise UserError(f"--out {out} is the run's own folder; name another")
     trajectory = Trajectory.read(folder / FILE)
     config: Config = configuration.build(trajectory.header.config, source=str(folder / FILE))
     begin: start.Pretraining | start.Finetuning
@@ -42,7 +55,7 @@ def replay(layout: Layout, stage: str, out: Path | None = None) -> Replayed:
         begin = start.pretraining(config, layout)
         space = begin.space
     else:
-        begin = start.classifier(config, layout)
+        begin = start.classifier(config, layout, head=folder / START_FILE)
         space = start.finetuning_space(config, begin)
     digest = trajectory.replay(space)
     if space.kind == "lora":
@@ -52,12 +65,13 @@ def replay(layout: Layout, stage: str, out: Path | None = None) -> Replayed:
         begin.model.save(rebuilt, begin.tokenizer)
         if trajectory.end is not None:
             _compare(folder, rebuilt)
-    return Replayed(stage, digest, len(trajectory.steps), (folder / FILE).stat().st_size)
+    size, whole = (folder / FILE).stat().st_size, trajectory.end is not None
+    return Replayed(stage, digest, len(trajectory.steps), size, whole)
 
 
 def _compare(saved: Path, rebuilt: Path) -> None:
     for file in sorted(saved.glob("*.safetensors")):
-        if not filecmp.cmp(file, rebuilt / file.name, shallow=False):
+        if file.name != START_FILE and not filecmp.cmp(file, rebuilt / file.name, shallow=False):
             raise UserError(
                 f"{file} is not what its trajectory gives: the saved model was changed after the run"
             )

@@ -199,15 +199,19 @@ def _again(layout: Layout) -> str:
 
 
 def _pictures(config: Config, layout: Layout, metrics: dict[str, Any], curves: dict[str, Path]) -> list[Path]:
-    """Draws what there are figures for; the files."""
+    """Draws what there are figures for; those files.
+
+    The others are empty pictures: ``dvc.yaml`` names all three as outputs.
+    """
     drawn = []
     result = f"{config.finetune.optimizer} (this run)"
-    if found := rows(metrics, result):
-        drawn.append(_save(_accuracies(found, result), layout.plots / "accuracy.png"))
+    figures = {"accuracy": _accuracies(found, result) if (found := rows(metrics, result)) else None}
     for stage in ("finetune", "pretrain"):
-        if stage in curves:
-            options = config.finetune if stage == "finetune" else config.pretrain
-            drawn.append(_save(_curve(curves[stage], stage, options), layout.plots / f"{stage}.png"))
+        options = config.finetune if stage == "finetune" else config.pretrain
+        figures[stage] = _curve(curves[stage], stage, options) if stage in curves else None
+    for name, figure in figures.items():
+        path = _save(figure or _canvas(0, height=1)[0], layout.plots / f"{name}.png")
+        drawn += [path] if figure else []
     return drawn
 
 
@@ -237,12 +241,14 @@ def _accuracies(found: list[Row], result: str) -> Figure:
     return figure
 
 
-def _curve(path: Path, stage: str, options: TrainConfig) -> Figure:
-    """Validation figures against forward passes: one panel for each that the file holds."""
+def _curve(path: Path, stage: str, options: TrainConfig) -> Figure | None:
+    """Validation figures against forward passes: one panel for each that the file holds, if it holds any."""
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
+    if not lines:
+        return None
     passes = [float(line["forward_passes"]) for line in lines]
-    shown = [key for key in ("loss", "accuracy") if lines and key in lines[0]]
+    shown = [key for key in ("loss", "accuracy") if key in lines[0]]
     figure, panels = _canvas(len(shown), height=3.6)
     for axes, key in zip(panels, shown, strict=True):
         scale = 100 if key == "accuracy" else 1

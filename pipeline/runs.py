@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,8 +34,10 @@ def stages_between(first: str | None, last: str | None) -> tuple[str, ...]:
     return ORDER[low : high + 1]
 
 
-def folder(name: str | None, config: Config) -> Path:
+def folder(name: str | None, config: Config, *, make: bool) -> Path:
     """``runs/<name>``; without a name, the optimizer's and the first free number.
+
+    ``make`` makes an unnamed folder at once, so that of two processes no two take the same number.
 
     Raises:
         UserError: a name that is not a plain file name.
@@ -43,10 +48,14 @@ def folder(name: str | None, config: Config) -> Path:
             raise UserError(f"--name '{name}': use letters, digits, '.', '_', '-', '=' and '+' only")
         return runs / name
     slug = re.sub(r"[^\w.=+-]+", "-", config.finetune.optimizer).strip("-")
-    number = 1
-    while (runs / f"{slug}-{number}").exists():
-        number += 1
-    return runs / f"{slug}-{number}"
+    for number in itertools.count(1):
+        path = runs / f"{slug}-{number}"
+        with contextlib.suppress(FileExistsError):
+            if make:
+                path.mkdir(parents=True)
+            if make or not path.exists():
+                return path
+    raise AssertionError("unreachable")
 
 
 def preflight(config: Config) -> None:
@@ -64,7 +73,8 @@ def preflight(config: Config) -> None:
     choose_device(config.device)
     if not config.model.startswith("package:"):
         locate(config.model)
-    for options in (config.pretrain, config.finetune):
+    used = [config.pretrain] if config.pretrain.enabled else []
+    for options in [*used, *([config.finetune] if config.prepare.task != "none" else [])]:
         plan = training(options, config)
         kind = parse(options.space).backend
         create(plan.optimizer, Problem(8, kind, max(1, options.forward_passes), config.seed), plan.defaults)
@@ -91,20 +101,38 @@ def unfinished(layout: Layout) -> tuple[Config, tuple[str, ...]]:
 
 
 def execute(config: Config, layout: Layout, stages: Sequence[str], *, resume: bool = False) -> None:
-    """Runs the stages; the parameters as used are written first.
+    """Runs the stages; the parameters as used are written first, and what the stages will replace goes.
 
     With ``resume`` the first of them goes on from what was left of it.
 
     Raises:
-        UserError: the folder holds a run with other parameters for the stages that are kept.
+        UserError: the folder holds a run with other parameters for the stages that are kept, or another
+            process is at work in it.
     """
-    if layout.params.is_file():
-        _same_before(layout, config, stages[0])
-    configuration.write(config, layout.params)
-    for stage in stages:
-        if stage == "finetune" and config.prepare.task == "none":
-            continue
-        run(stage, config, layout, resume=resume and stage == stages[0])
+    from filelock import FileLock, Timeout
+
+    layout.root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(layout.root / ".lock", timeout=0):
+            if layout.params.is_file():
+                _same_before(layout, config, stages[0])
+            if not resume:
+                _clear_from(layout, stages[0])
+            configuration.write(config, layout.params)
+            for stage in stages:
+                run(stage, config, layout, resume=resume and stage == stages[0])
+    except Timeout:
+        raise UserError(f"another process is at work in {layout.root}; choose another --name") from None
+
+
+def _clear_from(layout: Layout, first: str) -> None:
+    """Deletes what ``first`` and the stages after it wrote: the results of two executions must not mix."""
+    for stage in ORDER[ORDER.index(first) :]:
+        for path in layout.outputs(stage):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _same_before(layout: Layout, config: Config, first: str) -> None:
@@ -127,7 +155,7 @@ def find(name: str) -> Layout:
     Raises:
         UserError: there is none; the nearest name is given.
     """
-    for path in (project_root() / "runs" / name, Path(name)):
+    for path in (project_root() if name == "." else project_root() / "runs" / name, Path(name)):
         if (path / "params.yaml").is_file():
             return Layout(path.resolve())
     runs = project_root() / "runs"

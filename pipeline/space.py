@@ -64,19 +64,22 @@ def parse(text: str) -> Spec:
     if spec.backend not in OPTIONS or spec.name:
         raise unknown("space", spec.backend + (f":{spec.name}" if spec.name else ""), OPTIONS)
     known = OPTIONS[spec.backend]
-    for key, value in spec.options.items():
+    for key in spec.options:
         if key not in known:
             hint = nearest(key, known) or f"; it takes {', '.join(known) or 'no options'}"
             raise UserError(f"space '{spec.backend}' has no option '{key}'{hint}")
-        _check_option(spec.backend, key, value, type(known[key]))
-    return Spec(spec.backend, None, {**known, **spec.options})
+    options = {
+        key: _option(spec.backend, key, value, type(known[key])) for key, value in spec.options.items()
+    }
+    return Spec(spec.backend, None, {**known, **options})
 
 
-def _check_option(space: str, key: str, value: Any, wanted: type) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+def _option(space: str, key: str, value: Any, wanted: type) -> int | float:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value <= 0 or (wanted is int and value != int(value)):
         kind = "whole number" if wanted is int else "number"
         raise UserError(f"option '{key}' of space '{space}' takes a positive {kind}, not '{value}'")
+    return int(value) if wanted is int else float(value)
 
 
 class Space:
@@ -109,6 +112,11 @@ class Space:
     def size(self) -> int:
         """The number of coordinates."""
         return self.elements
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether a coordinate is an element itself."""
+        return all(searched.scale == 1.0 for searched in self.tensors)
 
     @property
     def device(self) -> torch.device:
@@ -226,6 +234,10 @@ class Projection(Space):
     @property
     def size(self) -> int:
         return self.dimension
+
+    @property
+    def elementwise(self) -> bool:
+        return False
 
     def rows(self, searched: Searched, rows: Tensor, candidate: Seeded) -> Tensor | None:
         return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.errors import UserError, guarded
-from pipeline.layout import Layout
+from pipeline.layout import Layout, partial
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
@@ -70,10 +70,10 @@ class Context:
             yield on_step, on_measure
 
     def write_curve(self, name: str, curve: list[tuple[int, dict[str, float]]]) -> Path:
-        """Writes ``plots/<name>.csv``: forward passes, then the figures measured there."""
+        """Writes ``plots/<name>.csv``: forward passes, then the figures measured there, if any."""
         path = self.layout.plots / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        keys = list(curve[0][1])
+        keys = list(curve[0][1]) if curve else ["loss"]
         rows = [",".join(map(str, [made, *(figures[key] for key in keys)])) for made, figures in curve]
         path.write_text("\n".join([",".join(["forward_passes", *keys]), *rows]) + "\n", encoding="utf-8")
         return path
@@ -112,7 +112,7 @@ def fresh_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
 
     It is empty, or with ``resume`` as it was left when writing was cut off.
     """
-    building = path.with_name(f".{path.name}.partial")
+    building = partial(path)
     if not resume:
         shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True, exist_ok=True)

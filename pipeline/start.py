@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.models import (
     choose_device,
+    load_config,
     load_encoder,
     load_language_model,
     load_tokenizer,
@@ -81,6 +86,7 @@ def pretraining(config: Config, layout: Layout) -> Pretraining:
     if objective not in ("mlm", "clm"):
         raise UserError(f"pretrain.objective is auto, mlm or clm, not '{objective}'")
     tokenizer = load_tokenizer(location)
+    _check_length("pretrain", options, tokenizer, load_config(location))
     if objective == "mlm" and tokenizer.mask_token_id is None:
         raise UserError(f"{config.model} has no mask token; use pretrain.objective=clm")
     corpus = load_corpus(layout)
@@ -104,8 +110,10 @@ def pretraining(config: Config, layout: Layout) -> Pretraining:
     )
 
 
-def classifier(config: Config, layout: Layout) -> Finetuning:
+def classifier(config: Config, layout: Layout, head: Path | None = None) -> Finetuning:
     """The pretrained encoder under a head that starts from label descriptions, and the task's data.
+
+    The head is taken from the file ``head`` if it is there; else it is computed, and kept there.
 
     Raises:
         UserError: an earlier stage has not run, or descriptions that do not fit the labels.
@@ -116,6 +124,7 @@ def classifier(config: Config, layout: Layout) -> Finetuning:
     rows, tokenizer, encoder = load_task(layout), load_tokenizer(location), load_encoder(location)
     labels = rows["train"].features["label"].names
     data = {split: ClassificationData(rows[split], tokenizer, options.max_length) for split in rows}
+    _check_length("finetune", options, tokenizer, encoder.config)
     device = choose_device(config.device)
     if not 1 <= options.pooled_layers <= encoder.config.num_hidden_layers:
         raise UserError(
@@ -124,8 +133,13 @@ def classifier(config: Config, layout: Layout) -> Finetuning:
         )
     model = TextClassifier(encoder, encoder.config.hidden_size, labels, options.pooled_layers)
     model.eval().to(device)
-    sample = shuffled(len(data["train"]), _SAMPLE, derive(config.seed, 7), 0)
-    start_head(model, tokenizer, describe(labels, options.descriptions), data["train"].batch(sample))
+    if head and head.is_file():
+        model.load_head(head)
+    else:
+        sample = shuffled(len(data["train"]), _SAMPLE, derive(config.seed, 7), 0)
+        start_head(model, tokenizer, describe(labels, options.descriptions), data["train"].batch(sample))
+        if head:
+            model.save_head(head)
     return Finetuning(
         model,
         tokenizer,
@@ -161,6 +175,15 @@ def training(options: TrainConfig, config: Config, patience: int = 0) -> Trainin
     )
 
 
+def _check_length(section: str, options: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    positions = getattr(model, "max_position_embeddings", None) or tokenizer.model_max_length
+    longest = min(tokenizer.model_max_length, positions)
+    if options.max_length > longest:
+        raise UserError(
+            f"{section}.max_length is {options.max_length}; the model takes at most {longest:,} tokens"
+        )
+
+
 def _searched(options: TrainConfig, model: Any, config: Config) -> spaces.Space:
     spec = spaces.parse(options.space)
     spaces.prepare_model(spec, model, derive(config.seed, 8))
@@ -170,10 +193,37 @@ def _searched(options: TrainConfig, model: Any, config: Config) -> spaces.Space:
     return spaces.build(spec, model, config.seed)
 
 
-def peak_memory() -> float:
-    """Peak memory in MiB: of the device where it keeps count, else the process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
+class PeakMemory:
+    """The peak memory of a block in MiB: of a CUDA device, else of the process's resident set.
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    ``mib`` is there after the block. The kernel's own peak is set back at its start where it lets us (Linux);
+    elsewhere the peak is that of the process so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.mib = 0.0
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.mib = self._peak() / 2**20
+
+    def _peak(self) -> float:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        status = Path("/proc/self/status")
+        if status.is_file():
+            found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+            if found:
+                return int(found.group(1)) * 1024
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.engine.evaluator import BudgetSpent, Engine
+from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.optimizer import Problem
+from pipeline.optimizer import BudgetSpent, Problem
 from pipeline.registry import Spec, create
 from pipeline.space import Space
 from pipeline.tasks.base import BatchSource, TaskModel
-from pipeline.trajectory import Header, Recorder, Trajectory, redo
+from pipeline.trajectory import Header, Recorder, Trajectory, machine, redo
 
 Measure = Callable[[], dict[str, float]]
 """Held-out figures at the current weights; ``loss`` is among them."""
@@ -151,8 +151,7 @@ class _Loop:
             self.result.steps += 1
             self.result.forward_passes = made = self.engine.forward_passes
             if recorder:
-                record = evaluator.record
-                recorder.step(made, report, record.losses, record.moves, self.optimizer.state_dict())
+                recorder.step(made, report, evaluator.record, self.optimizer.state_dict())
             if on_step:
                 on_step(made, {"train_loss": report.loss, **report.metrics})
         if not self.result.steps:
@@ -219,4 +218,5 @@ def _header(training: Training, space: Space) -> Header:
         forward_passes=training.forward_passes,
         start=space.digest(),
         config=training.provenance,
+        machine=machine(space.device),
     )

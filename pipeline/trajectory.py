@@ -11,8 +11,9 @@ if nothing had happened. A torn last line is ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 from pipeline import noise
+from pipeline.engine.evaluator import StepRecord
 from pipeline.errors import UserError
-from pipeline.optimizer import Candidate, Optimizer, Problem, StepReport
+from pipeline.optimizer import BudgetSpent, Candidate, Optimizer, Problem, StepReport
 from pipeline.registry import Spec, create
 from pipeline.space import Space
 
@@ -34,7 +36,7 @@ class Header:
     """What the run was.
 
     ``defaults`` are the options offered to the optimizer besides its spec's, ``start`` the digest of the
-    start weights, ``config`` the whole configuration.
+    start weights, ``config`` the whole configuration, ``machine`` what the last bits of sums may depend on.
     """
 
     optimizer: str
@@ -45,6 +47,7 @@ class Header:
     forward_passes: int
     start: str
     config: dict[str, Any]
+    machine: dict[str, Any] = field(default_factory=dict, compare=False)
     format: int = FORMAT
     noise: int = noise.VERSION
 
@@ -65,16 +68,12 @@ class Recorder:
             self._write(asdict(header))
 
     def step(
-        self,
-        forward_passes: int,
-        report: StepReport,
-        losses: list[list[float]],
-        moves: list[dict[str, Any]],
-        state: dict[str, Any],
+        self, forward_passes: int, report: StepReport, record: StepRecord, state: dict[str, Any]
     ) -> None:
         """Notes a step: ``forward_passes`` made so far, its loss, and what it takes to do it again."""
         scalars = all(isinstance(value, int | float | str | bool) for value in state.values())
-        made = {"moves": moves, "state": state} if moves and scalars else {"losses": losses}
+        seeded = record.only_moved and scalars
+        made = {"moves": record.moves, "state": state} if seeded else {"losses": record.losses}
         self._write({"forward_passes": forward_passes, "loss": report.loss, **made})
 
     def measurement(self, forward_passes: int, figures: dict[str, float], seconds: float) -> None:
@@ -152,7 +151,18 @@ class Trajectory:
         if space.digest() != self.header.start:
             raise UserError(
                 "the start weights are not those of this trajectory: the model or the data has changed"
+                + self._elsewhere(space.device)
             )
+        with threads(self.header.machine.get("threads")):
+            return self._replay(space)
+
+    def _elsewhere(self, device: torch.device) -> str:
+        """What differs between the machine of the run and this one, to be said of a replay that failed."""
+        here = machine(device)
+        told = [f"{key} {was}, here {here.get(key)}" for key, was in self.header.machine.items()]
+        return f" (the run had {'; '.join(told)})" if here != self.header.machine and told else ""
+
+    def _replay(self, space: Space) -> str:
         steps = self.steps if self.end is None else self.steps[: self.end["kept_step"]]
         optimizer = None
         if any("moves" not in step for step in steps):
@@ -166,8 +176,25 @@ class Trajectory:
         if self.end is not None and digest != self.end["digest"]:
             raise UserError(
                 f"replay ended at weights {digest[:12]}, the run at {self.end['digest'][:12]}: not the same"
+                + self._elsewhere(space.device)
             )
         return digest
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What may change the last bits of a sum: the kind of device, the number of threads, torch's version."""
+    return {"device": device.type, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Computes with so many threads: a population method's algebra may sum in another order with others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def redo(step: dict[str, Any], space: Space, optimizer: Optimizer | None) -> None:
@@ -193,7 +220,9 @@ class _Retold:
         self._losses = iter(losses)
 
     def losses(self, candidates: Sequence[Candidate]) -> list[float]:
-        recorded = next(self._losses, [])
+        recorded = next(self._losses, None)
+        if recorded is None:  # the run's budget ended here
+            raise BudgetSpent
         if len(recorded) != len(candidates):
             raise UserError(
                 "the optimizer asks for other candidates than it did in this run: has its version changed, "

@@ -67,6 +67,8 @@ class Nevergrad:
             it needs that is not installed.
     """
 
+    in_host_memory = True
+
     def __init__(
         self,
         problem: Problem,

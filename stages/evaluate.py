@@ -9,7 +9,7 @@ from pipeline.config import FinetuneConfig
 from pipeline.evaluation import linear_probe, majority, measure, measure_with_interval
 from pipeline.report import table, verdict, write_report
 from pipeline.stage import Context, read_metrics, script, write_metrics
-from pipeline.tasks.classification import TextClassifier
+from pipeline.tasks.classification import START_FILE, TextClassifier
 from pipeline.trainer import train
 
 
@@ -19,7 +19,7 @@ def evaluate(context: Context) -> dict[str, float]:
     metrics = {**read_metrics(layout.pretrained / "metrics.json")}
     if config.prepare.task == "classification":
         metrics.update(read_metrics(layout.finetuned / "metrics.json"))
-        metrics.update(_test(context))
+        metrics = _test(context, metrics)
     write_metrics(layout.metrics, metrics)
     curves = {name: layout.plots / f"{name}.csv" for name in ("pretrain", "finetune")}
     write_report(config, layout, metrics, {name: path for name, path in curves.items() if path.is_file()})
@@ -33,17 +33,22 @@ def evaluate(context: Context) -> dict[str, float]:
     return metrics
 
 
-def _test(context: Context) -> dict[str, float]:
+def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
     config = context.config
-    begin = start.classifier(config, context.layout)
+    begin = start.classifier(config, context.layout, head=context.layout.finetuned / START_FILE)
     test = begin.test.by_length(config.finetune.batch_size)
     result = TextClassifier.load(context.layout.finetuned).to(next(begin.model.parameters()).device)
     rows = {"test": measure_with_interval(result, test)}
+    write_metrics(context.layout.metrics, {**metrics, **_flat(rows)})  # whatever becomes of the yardsticks
     if config.evaluate.baselines:
         rows["majority"] = majority(begin.train, begin.test)
         rows["zero_shot"] = measure_with_interval(begin.model, test)
         rows["linear_probe"] = linear_probe(begin.model, begin.train, begin.validation, begin.test)
         rows["adamw"] = _adamw(context, begin)
+    return {**metrics, **_flat(rows)}
+
+
+def _flat(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     return {f"{row}/{key}": value for row, figures in rows.items() for key, value in figures.items()}
 
 

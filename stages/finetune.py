@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline import start
 from pipeline.evaluation import measure
 from pipeline.models import merge_lora, save_lora
 from pipeline.stage import Context, fresh_folder, script, write_metrics
+from pipeline.tasks.classification import START_FILE
 from pipeline.trainer import train
 from pipeline.trajectory import FILE
 
 
 def finetune(context: Context) -> dict[str, float]:
-    """Writes ``models/finetuned``: the classifier and its trajectory."""
+    """Writes ``models/finetuned``: the classifier and its trajectory; empty where there is no task."""
+    layout = context.layout
+    with fresh_folder(layout.finetuned, resume=context.resume) as folder:
+        if context.config.prepare.task == "none":
+            context.write_curve("finetune", [])
+            return {}
+        metrics = _finetune(context, folder)
+        write_metrics(folder / "metrics.json", metrics)
+    for artifact, place in ((layout.finetuned / FILE, ""), (layout.plots / "finetune.csv", "plots")):
+        context.tracker.artifact(artifact, place)
+    context.tracker.metrics(metrics, int(metrics["forward_passes"]))
+    return metrics
+
+
+def _finetune(context: Context, folder: Path) -> dict[str, float]:
     config, layout = context.config, context.layout
-    begin = start.classifier(config, layout)
+    begin = start.classifier(config, layout, head=folder / START_FILE)
     space = start.finetuning_space(config, begin)
     training = start.training(config.finetune, config, config.finetune.patience)
     context.say(
@@ -21,36 +38,33 @@ def finetune(context: Context) -> dict[str, float]:
         f"{training.forward_passes:,} forward passes"
     )
     validation = begin.validation.by_length(config.finetune.batch_size)
-    with fresh_folder(layout.finetuned, resume=context.resume) as folder:
-        with context.training_progress("finetune", training.forward_passes) as (on_step, on_measure):
-            result = train(
-                training,
-                begin.model,
-                space,
-                begin.batch,
-                lambda: measure(begin.model, validation),
-                trajectory=folder / FILE,
-                resume=context.resume,
-                on_step=on_step,
-                on_measure=on_measure,
-            )
-        curve = context.write_curve("finetune", result.curve)
-        metrics = {
-            "forward_passes": result.forward_passes,
-            "seconds": result.seconds,
-            "peak_memory_mib": start.peak_memory(),
-            "coordinates": space.size,
-        }
-        if training.space.backend == "lora":
-            base, rank = str(layout.pretrained), training.space.options["rank"]
-            save_lora(begin.model.encoder, folder / "adapter", base, rank)
-            merge_lora(begin.model.encoder)
-        begin.model.save(folder, begin.tokenizer)
-        write_metrics(folder / "metrics.json", metrics)
-    for artifact, place in ((layout.finetuned / FILE, ""), (curve, "plots")):
-        context.tracker.artifact(artifact, place)
-    context.tracker.metrics(metrics, result.forward_passes)
-    return metrics
+    with (
+        start.PeakMemory(space.device) as memory,
+        context.training_progress("finetune", training.forward_passes) as (on_step, on_measure),
+    ):
+        result = train(
+            training,
+            begin.model,
+            space,
+            begin.batch,
+            lambda: measure(begin.model, validation),
+            trajectory=folder / FILE,
+            resume=context.resume,
+            on_step=on_step,
+            on_measure=on_measure,
+        )
+    context.write_curve("finetune", result.curve)
+    if training.space.backend == "lora":
+        base, rank = str(layout.pretrained), training.space.options["rank"]
+        save_lora(begin.model.encoder, folder / "adapter", base, rank)
+        merge_lora(begin.model.encoder)
+    begin.model.save(folder, begin.tokenizer)
+    return {
+        "forward_passes": result.forward_passes,
+        "seconds": result.seconds,
+        "peak_memory_mib": memory.mib,
+        "coordinates": space.size,
+    }
 
 
 if __name__ == "__main__":

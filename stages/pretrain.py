@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline import start
 from pipeline.evaluation import measure
-from pipeline.models import merge_lora, save_lora
+from pipeline.models import merge_lora, pass_through, save_lora
 from pipeline.stage import Context, fresh_folder, script, write_metrics
 from pipeline.trainer import train
 from pipeline.trajectory import FILE
 
 
 def pretrain(context: Context) -> dict[str, float]:
-    """Writes ``models/pretrained``: the language model and its trajectory."""
+    """Writes ``models/pretrained``: the language model and its trajectory, or the model as it came."""
     config, layout = context.config, context.layout
-    begin = start.pretraining(config, layout)
+    with fresh_folder(layout.pretrained, resume=context.resume) as folder:
+        if not config.pretrain.enabled:
+            context.write_curve("pretrain", [])
+            pass_through(config.model, folder)
+            write_metrics(folder / "metrics.json", {})
+            return {}
+        metrics = _pretrain(context, folder)
+        write_metrics(folder / "metrics.json", metrics)
+    context.tracker.artifact(layout.plots / "pretrain.csv", "plots")
+    context.tracker.artifact(layout.pretrained / FILE)
+    return metrics
+
+
+def _pretrain(context: Context, folder: Path) -> dict[str, float]:
+    config = context.config
+    begin = start.pretraining(config, context.layout)
     training = start.training(config.pretrain, config)
     context.say(
         f"pretrain: {begin.objective}, {training.optimizer} over {training.space} "
         f"({begin.space.size:,} coordinates), {training.forward_passes:,} forward passes"
     )
-    with fresh_folder(layout.pretrained, resume=context.resume) as folder:
-        metrics: dict[str, float] = {}
-        if config.pretrain.enabled:
-            with context.training_progress("pretrain", training.forward_passes) as (on_step, on_measure):
-                result = train(
-                    training,
-                    begin.model,
-                    begin.space,
-                    begin.batch,
-                    lambda: measure(begin.model, begin.validation),
-                    trajectory=folder / FILE,
-                    resume=context.resume,
-                    on_step=on_step,
-                    on_measure=on_measure,
-                )
-            curve = context.write_curve("pretrain", result.curve)
-            context.tracker.artifact(curve, "plots")
-            metrics = {
-                "pretrain/loss_before": result.curve[0][1]["loss"],
-                "pretrain/loss_after": result.curve[-1][1]["loss"],
-                "pretrain/forward_passes": result.forward_passes,
-                "pretrain/seconds": result.seconds,
-            }
-        if training.space.backend == "lora":
-            save_lora(begin.model.encoder, folder / "adapter", config.model, training.space.options["rank"])
-            merge_lora(begin.model.encoder)
-        begin.model.save(folder, begin.tokenizer)
-        write_metrics(folder / "metrics.json", metrics)
-    if config.pretrain.enabled:
-        context.tracker.artifact(layout.pretrained / FILE)
-    return metrics
+    with context.training_progress("pretrain", training.forward_passes) as (on_step, on_measure):
+        result = train(
+            training,
+            begin.model,
+            begin.space,
+            begin.batch,
+            lambda: measure(begin.model, begin.validation),
+            trajectory=folder / FILE,
+            resume=context.resume,
+            on_step=on_step,
+            on_measure=on_measure,
+        )
+    context.write_curve("pretrain", result.curve)
+    if training.space.backend == "lora":
+        save_lora(begin.model.encoder, folder / "adapter", config.model, training.space.options["rank"])
+        merge_lora(begin.model.encoder)
+    begin.model.save(folder, begin.tokenizer)
+    return {
+        "pretrain/loss_before": result.curve[0][1]["loss"],
+        "pretrain/loss_after": result.curve[-1][1]["loss"],
+        "pretrain/forward_passes": result.forward_passes,
+        "pretrain/seconds": result.seconds,
+    }
 
 
 if __name__ == "__main__":

@@ -75,6 +75,37 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random causal models whose embeddings or heads are not plain: OPT, Gemma, Llama."""
+    from transformers import (
+        GemmaConfig,
+        GemmaForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
+    )
+
+    parent = tmp_path_factory.mktemp("decoders")
+    size = _tokenizer(parent, decoder=True)
+    common = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    common |= {"max_position_embeddings": 64, "pad_token_id": 3, "bos_token_id": 3, "eos_token_id": 3}
+    gated = common | {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16}
+    made = {
+        "opt": lambda: OPTForCausalLM(OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **common)),
+        "gemma": lambda: GemmaForCausalLM(GemmaConfig(**gated)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**gated)),
+    }
+    folders = {name: parent / name for name in made}
+    for name, model in made.items():
+        _tokenizer(folders[name], decoder=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model().save_pretrained(folders[name])
+    return folders
+
+
 def sentences(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
     """Different sentences of the tiny vocabulary, and a label that their adjective decides."""
     import random

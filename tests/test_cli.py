@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from filelock import FileLock
 
 from pipeline import config
 from pipeline.cli import app
 from pipeline.errors import UserError, guarded
+from tests.conftest import sentences
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,6 +125,11 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
             process.kill()
         assert trajectory.is_file()
         command = ["run", "--resume", "mine"]
+    replayed = pipeline("replay", "mine", home=tmp_path).stdout.splitlines()
+    assert [line.rpartition(": ")[2] for line in replayed] == [
+        "identical to the run's",
+        "where the run was cut off",
+    ]
     done = pipeline(*command, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "prepare:" not in done.stdout
@@ -177,7 +185,7 @@ def test_a_decoder_learns_causally_and_classifies(gpt2: Path, table: Path, tmp_p
 
 def test_stages_can_be_run_one_by_one(bert: Path, table: Path, tmp_path: Path) -> None:
     common = ["run", "--name", "mine", "--train", str(table), "--text", "review", "--label", "verdict"]
-    rest = [*small(bert), "--no-baselines"]
+    rest = [*small(bert), "--no-baselines", "-S", "pretrain.enabled=false"]
     assert pipeline(*common, *rest, "--to", "pretrain", home=tmp_path).returncode == 0
     other = pipeline(*common, *rest, "--from", "finetune", "-S", "pretrain.epsilon=0.5", home=tmp_path)
     assert other.returncode == 2
@@ -185,6 +193,29 @@ def test_stages_can_be_run_one_by_one(bert: Path, table: Path, tmp_path: Path) -
     done = pipeline(*common, *rest, "--from", "finetune", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "pretrain:" not in done.stdout
+    run = tmp_path / "runs" / "mine"
+    assert (run / "metrics.json").is_file()
+    assert "pretrain/loss_after" not in json.loads((run / "metrics.json").read_text())
+
+    with FileLock(run / ".lock"):
+        busy = pipeline(*common, *rest, home=tmp_path)
+    assert busy.returncode == 2
+    assert "another process is at work" in busy.stderr
+    assert pipeline(*common, *rest, "--from", "pretrain", "--to", "pretrain", home=tmp_path).returncode == 0
+    stale = [run / "metrics.json", run / "report.md", run / "models" / "finetuned"]
+    assert not [path for path in stale if path.exists()]
+
+
+def test_without_a_task_every_output_that_dvc_expects_is_there(bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(sentences(60)[0]))
+    options = ["-S", f"prepare.corpus=[{tmp_path / 'text.txt'}]", "-S", "prepare.corpus_validation_size=20"]
+    done = pipeline("run", "--task", "none", "--name", "mine", *options, *small(bert), home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "runs" / "mine" / "metrics.json").read_text())
+    assert all(key.startswith("pretrain/") for key in metrics)
+    for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values():
+        for out in [*stage["outs"], *stage.get("plots", []), *stage.get("metrics", [])]:
+            assert (tmp_path / "runs" / "mine" / (out if isinstance(out, str) else next(iter(out)))).exists()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from pipeline import space as spaces
-from pipeline.engine.evaluator import BudgetSpent, Engine
+from pipeline.engine.evaluator import Engine
+from pipeline.errors import UserError
 from pipeline.models import load_encoder, load_language_model, load_tokenizer
 from pipeline.objective import cross_entropy
-from pipeline.optimizer import Candidate, Explicit, Seeded
+from pipeline.optimizer import BudgetSpent, Candidate, Explicit, Seeded
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.batching import pad, shuffled
 from pipeline.tasks.classification import TextClassifier
@@ -86,9 +87,42 @@ def test_on_the_fly_equals_written_weights(family: str, text: str, bert: Path, g
     assert len({round(loss, 6) for loss in losses}) == 3
 
 
-def test_the_head_of_gpt2_is_refused_in_one_line(gpt2: Path) -> None:
-    from pipeline.errors import UserError
+@pytest.mark.parametrize("family", ["opt", "gemma", "llama"])
+@pytest.mark.parametrize("text", ["full", "projection,dimension=50"])
+def test_embeddings_that_scale_or_shift_are_scored_as_they_are(
+    family: str, text: str, decoders: dict[str, Path]
+) -> None:
+    model, batch = language_model(decoders[family], "clm")
+    space = searched(text, model)
+    engine = Engine(model.eval(), space, 100, run_seed=0)
+    coordinates = 0.05 * torch.randn(space.size, generator=torch.Generator().manual_seed(0))
+    for candidate in (Seeded(4, 0.05), Seeded(4, -0.05, "sphere"), Explicit(coordinates)):
+        losses = engine.losses(batch, [candidate])
+        assert losses == pytest.approx([reference(model, space, candidate, batch)], rel=2e-5)
 
+
+def test_an_encoder_is_not_taught_to_look_at_its_target(bert: Path) -> None:
+    with pytest.raises(UserError, match="both directions"):
+        load_language_model(str(bert), "clm", 0)
+
+
+def test_gradients_of_tensors_that_nothing_reads_are_zero(bert: Path) -> None:
+    model, batch = classifier(bert)
+    model.encoder.register_module("unread", torch.nn.Linear(3, 3))
+    engine = Engine(model, searched("full", model), 3, run_seed=0)
+    _, gradients = engine.bind(batch, 0).gradient()
+    assert [float(g.abs().sum()) for g in gradients].count(0.0) == 2
+
+
+def test_a_method_that_writes_elements_is_refused_other_coordinates(bert: Path) -> None:
+    for text in ("projection,dimension=50", "full,encoder_scale=0.1"):
+        model, batch = classifier(bert)
+        engine = Engine(model, searched(text, model), 3, run_seed=0)
+        with pytest.raises(UserError, match="coordinates other than"):
+            engine.bind(batch, 0).tensors()
+
+
+def test_the_head_of_gpt2_is_refused_in_one_line(gpt2: Path) -> None:
     model, _ = language_model(gpt2, "clm")
     with pytest.raises(UserError, match="no parameters in this model"):
         searched("head", model)

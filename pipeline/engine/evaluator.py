@@ -11,22 +11,23 @@ from torch import Tensor
 
 from pipeline import noise
 from pipeline.engine.onthefly import OnTheFly
+from pipeline.errors import UserError
 from pipeline.objective import cross_entropy
-from pipeline.optimizer import Candidate
+from pipeline.optimizer import BudgetSpent, Candidate
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
 
 
-class BudgetSpent(Exception):
-    """The next candidates would cost more forward passes than are left. Nothing was scored."""
-
-
 @dataclass
 class StepRecord:
-    """What is needed to redo a step without the model: its moves along seeds, or the losses it was told."""
+    """What is needed to redo a step without the model: its moves along seeds, or the losses it was told.
+
+    ``only_moved`` is false once weights were written in another way.
+    """
 
     losses: list[list[float]] = field(default_factory=list)
     moves: list[dict[str, Any]] = field(default_factory=list)
+    only_moved: bool = True
 
 
 class Engine:
@@ -84,7 +85,7 @@ class Engine:
             self.model.train()
             try:
                 loss = cross_entropy(self.model(batch), batch.targets)
-                gradients = torch.autograd.grad(loss, tensors)
+                gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
             finally:
                 self.model.eval()
         return float(loss.detach()), list(gradients)
@@ -131,10 +132,17 @@ class BatchEvaluator:
         )
 
     def place(self, coordinates: Tensor) -> None:
+        self.record.only_moved = False
         self._engine.space.place(coordinates)
 
     def gradient(self) -> tuple[float, list[Tensor]]:
         return self._engine.gradient(self._batch, self._step)
 
     def tensors(self) -> list[Tensor]:
+        self.record.only_moved = False
+        if not self._engine.space.elementwise:
+            raise UserError(
+                f"the space '{self._engine.space.kind}' has coordinates other than the weights' elements, "
+                "which this method writes to: leave out encoder_scale, or choose full, biases, head or lora"
+            )
         return [searched.parameter for searched in self._engine.space.tensors]

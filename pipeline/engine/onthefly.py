@@ -18,6 +18,11 @@ from pipeline.optimizer import Candidate, Seeded
 from pipeline.space import Searched, Space
 
 
+def _looks_up_rows(module: nn.Module) -> bool:
+    """Whether the output is the weight's rows at the first argument; some subclasses scale or shift them."""
+    return type(module).forward is nn.Embedding.forward and module.max_norm is None
+
+
 class OnTheFly:
     """Hooks on every module that owns a searched tensor; tied tensors are perturbed alike in each owner."""
 
@@ -62,7 +67,7 @@ class OnTheFly:
             handle.remove()
 
     def _hook(self, module: nn.Module, owned: list[tuple[str, Searched]]) -> None:
-        if isinstance(module, nn.Embedding):
+        if _looks_up_rows(module):
             self._handles.append(module.register_forward_hook(self._add_rows(owned[0][1])))
             return
         stored: dict[str, Any] = {attribute: searched.parameter for attribute, searched in owned}

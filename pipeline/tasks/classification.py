@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HEAD_FILE, HEAD_CONFIG = "classifier.safetensors", "classifier.json"
+START_FILE = "start.safetensors"  # the head before training: a replay elsewhere must not compute it again
 
 
 class TextClassifier(TaskModel):
@@ -63,13 +64,25 @@ class TextClassifier(TaskModel):
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """The encoder as a ``save_pretrained`` directory, the head as safetensors beside it."""
-        from safetensors.torch import save_file
-
         self.encoder.save_pretrained(str(folder))  # type: ignore[operator]
         tokenizer.save_pretrained(str(folder))
-        save_file({name: tensor.contiguous() for name, tensor in self._head().items()}, folder / HEAD_FILE)
+        self.save_head(folder / HEAD_FILE)
         head = {"labels": self.labels, "pooled_layers": self.pooled_layers}
         (folder / HEAD_CONFIG).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
+
+    def save_head(self, path: Path) -> None:
+        """The head and the features' constants, as safetensors."""
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.contiguous() for name, tensor in self._head().items()}, path)
+
+    def load_head(self, path: Path) -> None:
+        """What `save_head` wrote, in place."""
+        from safetensors.torch import load_file
+
+        with torch.no_grad():
+            for name, tensor in load_file(path).items():
+                self._head()[name].copy_(tensor)
 
     def _head(self) -> dict[str, Tensor]:
         return {**self.classifier.state_dict(), "mean": self.mean, "scale": self.scale}
@@ -81,8 +94,6 @@ class TextClassifier(TaskModel):
         Raises:
             UserError: the folder holds no classifier.
         """
-        from safetensors.torch import load_file
-
         from pipeline.models import load_encoder
 
         if not (folder / HEAD_CONFIG).is_file():
@@ -90,8 +101,7 @@ class TextClassifier(TaskModel):
         head = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
         encoder = load_encoder(str(folder))
         model = cls(encoder, encoder.config.hidden_size, head["labels"], head["pooled_layers"])
-        for name, tensor in load_file(folder / HEAD_FILE).items():
-            model._head()[name].copy_(tensor)
+        model.load_head(folder / HEAD_FILE)
         return model.eval()
 
 

@@ -65,6 +65,11 @@ class _Given(nn.Module):
         super().__init__()
         self._features = features
 
+    @property
+    def decoder(self) -> _Given:
+        """Some causal models (OPT, BART) go past their base model to its decoder."""
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 

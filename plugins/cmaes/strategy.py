@@ -63,13 +63,17 @@ class CMAES(ABC):
         self._generation = 0
         self._generator = torch.Generator().manual_seed(problem.run_seed)
         self._drawn_from = self._generator.get_state()
-        zeros = torch.zeros(problem.size, dtype=self._dtype(problem.size), device=problem.device)
+        self._device = problem.device
+        # Apple's GPUs have no float64
+        state_on = torch.device("cpu") if self._device.type == "mps" else self._device
+        zeros = torch.zeros(problem.size, dtype=self._dtype(problem.size), device=state_on)
         self._mean, self._path_sigma, self._path_c = zeros, zeros.clone(), zeros.clone()
         self._covariance = self._identity(zeros)
 
     def ask(self) -> list[Explicit]:
         """λ candidates, float32 ``[size]`` on the problem's device; the same ones until they are told."""
-        return [Explicit(torch.add(self._mean, y, alpha=self.sigma).float()) for y in self._steps()]  # (40)
+        points = (torch.add(self._mean, y, alpha=self.sigma) for y in self._steps())  # (40)
+        return [Explicit(point.float().to(self._device)) for point in points]
 
     def tell(self, candidates: Sequence[Explicit], losses: Sequence[float]) -> None:
         """Moves the distribution by the losses of the candidates just asked, in that order.
@@ -93,7 +97,7 @@ class CMAES(ABC):
 
     def recommend(self) -> Tensor:
         """The mean: float32 ``[size]``."""
-        return self._mean.to(torch.float32, copy=True)
+        return self._mean.to(self._device, torch.float32, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on bit for bit: copies."""
