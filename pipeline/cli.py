@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.errors import UserError, guarded, unknown
+
+if TYPE_CHECKING:
+    from pipeline.layout import Layout
 
 app = typer.Typer(
     name="pipeline",
@@ -18,23 +21,39 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="""Train transformer language models without gradients.
-
-\b
-  pipeline run --optimizer nevergrad:OnePlusOne
-  pipeline run --optimizer spsa,directions=16 -S finetune.space=biases --forward-passes 2000
-  pipeline run --train my.csv --test my2.csv --text review --label stars
-  pipeline replay spsa-1
-  pipeline ui
-
-`dvc repro` runs the same stages with params.yaml.
-""",
 )
 
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Set a parameter; may be repeated."),
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("gradient-free-pipeline"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train transformer language models without gradients.
+
+    \b
+    pipeline run --optimizer nevergrad:OnePlusOne
+    pipeline run --optimizer spsa,directions=16 -S finetune.space=biases --forward-passes 2000
+    pipeline run --train my.csv --test my2.csv --text review --label stars
+    pipeline replay spsa-1
+    pipeline ui
+
+    `dvc repro` runs the same stages with params.yaml.
+    """
 
 
 @app.command()
@@ -113,13 +132,13 @@ def run(
     stages = runs.stages_between(first, last)
     if first and first != "prepare" and name is None:
         raise UserError(f"--from {first} goes on with a run: name it with --name")
-    runs.preflight(chosen)
+    runs.preflight(chosen, stages)
     layout = Layout(runs.folder(name, chosen, make=not dry_run))
     if dry_run:
         typer.echo(runs.plan(chosen, layout, stages), nl=False)
         return
     runs.execute(chosen, layout, stages)
-    typer.echo(f"\n{_shown(layout.root)}: metrics.json, report.md, plots/. Review: pipeline ui")
+    _closing(layout)
 
 
 @app.command()
@@ -226,7 +245,14 @@ def _resume(context: typer.Context, name: str) -> None:
     layout = runs.find(name)
     chosen, stages = runs.unfinished(layout)
     runs.execute(chosen, layout, stages, resume=True)
-    typer.echo(f"\n{_shown(layout.root)}: metrics.json, report.md, plots/. Review: pipeline ui")
+    _closing(layout)
+
+
+def _closing(layout: Layout) -> None:
+    """Says what a run left, and where."""
+    made = [path for path in (layout.metrics, layout.report) if path.is_file()]
+    held = ", ".join(path.name for path in made) or "no result yet: its evaluate stage has not run"
+    typer.echo(f"\n{_shown(layout.root)}: {held}. Review: pipeline ui")
 
 
 def _configure(
@@ -269,4 +295,23 @@ def _shown(path: Path) -> str:
 
 def main() -> None:
     """The ``pipeline`` command."""
-    guarded(app)
+    guarded(_one_line_errors)
+
+
+def _one_line_errors() -> None:
+    """Runs the command; the parser's own complaint, of several lines, becomes one like ours."""
+    # typer carries a click of its own or uses the installed one: its public names lead to the right classes
+    complaint: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+    try:
+        status = app(standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except complaint as error:
+        said = error.format_message()
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(said)
+            raise SystemExit(0) from None
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "pipeline"
+        raise UserError(f"{said.rstrip('.')}; see {command} --help") from None
+    raise SystemExit(status if isinstance(status, int) else 0)

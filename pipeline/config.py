@@ -17,6 +17,11 @@ from typing import Any
 from pipeline.errors import UserError, nearest
 
 
+def within(low: float, default: Any, high: float = float("inf")) -> Any:
+    """A field whose value, if it has one, lies in [``low``, ``high``]."""
+    return field(default=default, metadata={"within": (low, high)})
+
+
 @dataclass(frozen=True)
 class PrepareConfig:
     """Where text comes from and how it is split."""
@@ -36,11 +41,11 @@ class PrepareConfig:
     # Unlabelled text to pretrain on, one source or a list; task is the task's own training text.
     corpus: list[str] = field(default_factory=lambda: ["task"])
     # Examples held out for validation where no file is given.
-    validation_size: int = 1000
+    validation_size: int = within(1, 1000)
     # Examples held out for the test where no file is given.
-    test_size: int = 1000
+    test_size: int = within(1, 1000)
     # Texts of the corpus held out to measure pretraining.
-    corpus_validation_size: int = 500
+    corpus_validation_size: int = within(1, 500)
 
 
 @dataclass(frozen=True)
@@ -52,19 +57,19 @@ class TrainConfig:
     # What is searched: full, biases, head, lora[,rank=8], projection[,dimension=1000].
     space: str = "head"
     # The budget, in forward passes of the model over one batch.
-    forward_passes: int = 2000
+    forward_passes: int = within(1, 2000)
     # Examples in a batch.
-    batch_size: int = 64
+    batch_size: int = within(1, 64)
     # Tokens an example is cut to.
-    max_length: int = 64
+    max_length: int = within(4, 64)
     # Finite-difference perturbation scale; null takes the optimizer's own.
-    epsilon: float | None = None
+    epsilon: float | None = within(0, None)
     # Standard deviation of a search distribution; null takes the optimizer's own.
-    sigma: float | None = None
+    sigma: float | None = within(0, None)
     # Step size; null takes the optimizer's own.
-    learning_rate: float | None = None
+    learning_rate: float | None = within(0, None)
     # How often, in forward passes, held-out loss is measured.
-    evaluate_every: int = 500
+    evaluate_every: int = within(1, 500)
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,9 @@ class PretrainConfig(TrainConfig):
     # mlm, clm, or auto: what the model's architecture is for.
     objective: str = "auto"
     # Share of tokens masked (mlm).
-    mask_probability: float = 0.15
+    mask_probability: float = within(0.01, 0.15, 0.99)
     # Examples of held-out text that measure the loss during training.
-    validation_examples: int = 256
+    validation_examples: int = within(1, 256)
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,11 @@ class FinetuneConfig(TrainConfig):
     """Transfer to the task."""
 
     # How many of the last layers' states are averaged into a text's features.
-    pooled_layers: int = 1
+    pooled_layers: int = within(1, 1)
     # A sentence per label that describes it; its embedding starts the head. null writes '{label}' itself.
     descriptions: dict[str, str] | None = None
     # Stop after this many evaluations without a better validation loss; 0 never stops early.
-    patience: int = 0
+    patience: int = within(0, 0)
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,11 @@ class EvaluateConfig:
     # Majority, zero-shot, linear probe and AdamW beside the result.
     baselines: bool = True
     # AdamW's step size.
-    adamw_learning_rate: float = 5e-5
+    adamw_learning_rate: float = within(0, 5e-5)
     # AdamW's evaluations without a better validation loss before it stops; its budget is finetune's.
-    adamw_patience: int = 2
+    adamw_patience: int = within(0, 2)
     # How often, in forward passes, AdamW's validation loss is measured.
-    adamw_evaluate_every: int = 120
+    adamw_evaluate_every: int = within(1, 120)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Config:
     """A whole run."""
 
     # The experiment's seed: data order, directions, masks.
-    seed: int = 0
+    seed: int = within(0, 0, 2**31 - 1)
     # auto, cpu, cuda, cuda:1, mps.
     device: str = "auto"
     # The model to start from: package:NAME, a local directory, or a hub id.
@@ -192,7 +197,7 @@ def override(config: Config, assignments: list[str]) -> Config:
             raise UserError(f"'-S {assignment}' is not section.key=value")
         try:
             values[path.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # a ValueError is a date that is none
             raise UserError(f"'-S {assignment}': the value is not readable YAML") from None
     return updated(config, values, source="-S")
 
@@ -213,10 +218,12 @@ def updated(config: Config, values: dict[str, Any], source: str) -> Config:
             content[section] = value
         elif path in known:
             content[section][key] = value
-        elif dot and f"{section}.{key}" in known:
+        elif dot and isinstance(known.get(f"{section}.{key}", 0), dict | None):
             content[section][key] = {**(content[section][key] or {}), inner: value}
         else:
             hint = nearest(path, known) or "; see docs/parameters.md"
+            if dot and f"{section}.{key}" in known:
+                hint = f"; '{section}.{key}' is a value, such as '{known[f'{section}.{key}']}'"
             raise UserError(f"{source}: unknown parameter '{path}'{hint}")
     return build(content, source)
 
@@ -228,6 +235,7 @@ def _hints(cls: type) -> dict[str, Any]:
 def _build(cls: type, content: dict[str, Any], where: str, source: str) -> Any:
     hints = _hints(cls)
     names = [f.name for f in fields(cls)]
+    bounds = {f.name: f.metadata.get("within") for f in fields(cls)}
     values: dict[str, Any] = {}
     for key, value in content.items():
         full = f"{where}{key}"
@@ -243,7 +251,8 @@ def _build(cls: type, content: dict[str, Any], where: str, source: str) -> Any:
                 raise UserError(f"{source}: '{full}' is a section, not a value")
             values[key] = _build(typing.cast(type, wanted), value, f"{full}.", source)
         else:
-            values[key] = _checked(full, value, wanted, source)
+            checked = _checked(full, value, wanted, source)
+            values[key] = _in_bounds(full, checked, bounds.get(key), source)
     return cls(**values)
 
 
@@ -264,10 +273,28 @@ def _checked(name: str, value: Any, wanted: Any, source: str) -> Any:
         value = [value]
     if type(value) is not plain:
         raise UserError(f"{source}: '{name}' takes {_readable(kind)}, not '{value}'")
-    if plain is int and value < 0:
-        raise UserError(f"{source}: '{name}' must not be negative, got {value}")
-    if plain is float and not value >= 0:
-        raise UserError(f"{source}: '{name}' must not be negative, got {value}")
+    if plain is list:
+        return [_text(name, each, source) for each in value]
+    if plain is dict:
+        return {_text(name, key, source): _text(name, each, source) for key, each in value.items()}
+    return value
+
+
+def _text(name: str, value: Any, source: str) -> str:
+    """An element of a list or a mapping: text, or a number as it is written."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        # YAML reads an unquoted yes, no, on or off as true or false
+        raise UserError(f"{source}: '{name}' takes texts, not '{value}'; write it in quotes")
+    return str(value)
+
+
+def _in_bounds(name: str, value: Any, bounds: tuple[float, float] | None, source: str) -> Any:
+    if bounds is None or value is None:
+        return value
+    low, high = bounds
+    if not low <= value <= high or value == float("inf"):
+        wanted = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+        raise UserError(f"{source}: '{name}' must be {wanted}, got {value}")
     return value
 
 

@@ -34,6 +34,6 @@ def guarded(action: Callable[[], object]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"interrupted{stopped}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -46,8 +46,8 @@ def replay(layout: Layout, stage: str, out: Path | None = None) -> Replayed:
         UserError: there is no trajectory, the start has changed, or the weights differ in any bit.
     """
     folder = recorded(layout, stage)
-    if out and out.resolve() == folder.resolve():
-        raise UserError(f"--out {out} is the run's own folder; name another")
+    if out and (out.resolve() == folder.resolve() or (out.exists() and not out.is_dir())):
+        raise UserError(f"--out {out} is a file, or the run's own folder; name another folder")
     trajectory = Trajectory.read(folder / FILE)
     config: Config = configuration.build(trajectory.header.config, source=str(folder / FILE))
     begin: start.Pretraining | start.Finetuning

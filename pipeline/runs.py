@@ -58,19 +58,24 @@ def folder(name: str | None, config: Config, *, make: bool) -> Path:
     raise AssertionError("unreachable")
 
 
-def preflight(config: Config) -> None:
-    """Finds what can be found wrong before anything is computed: specs, spaces, a missing model directory.
+def preflight(config: Config, stages: Sequence[str]) -> None:
+    """Finds what can be found wrong before anything is computed: specs, spaces, files that are not there.
 
     Raises:
         UserError: whatever it finds.
     """
+    from pipeline.data.prepare import check_sources
     from pipeline.models import choose_device, locate
     from pipeline.optimizer import Problem
     from pipeline.registry import create
     from pipeline.space import parse
-    from pipeline.start import training
+    from pipeline.start import OBJECTIVES, training
 
     choose_device(config.device)
+    if "prepare" in stages:
+        check_sources(config)
+    if config.pretrain.objective not in OBJECTIVES:
+        raise unknown("pretrain.objective", config.pretrain.objective, OBJECTIVES)
     if not config.model.startswith("package:"):
         locate(config.model)
     used = [config.pretrain] if config.pretrain.enabled else []
@@ -112,8 +117,9 @@ def execute(config: Config, layout: Layout, stages: Sequence[str], *, resume: bo
     from filelock import FileLock, Timeout
 
     layout.root.mkdir(parents=True, exist_ok=True)
+    lock = layout.root / ".lock"
     try:
-        with FileLock(layout.root / ".lock", timeout=0):
+        with FileLock(lock, timeout=0):
             if layout.params.is_file():
                 _same_before(layout, config, stages[0])
             if not resume:
@@ -123,6 +129,12 @@ def execute(config: Config, layout: Layout, stages: Sequence[str], *, resume: bo
                 run(stage, config, layout, resume=resume and stage == stages[0])
     except Timeout:
         raise UserError(f"another process is at work in {layout.root}; choose another --name") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; to go on: pipeline run --resume {layout.root.name}") from None
+    except UserError:
+        if {path.name for path in layout.root.rglob("*")} <= {lock.name, layout.params.name, "data"}:
+            shutil.rmtree(layout.root)  # nothing came of it
+        raise
 
 
 def _clear_from(layout: Layout, first: str) -> None:
@@ -145,7 +157,7 @@ def _same_before(layout: Layout, config: Config, first: str) -> None:
         if (section in kept or ("." not in key and kept)) and before.get(key) != value:
             raise UserError(
                 f"{layout.root} was made with {key}={before.get(key)}, now {value}: "
-                "use another --name or an earlier --from"
+                f"--config {layout.params} keeps its parameters; or use another --name or an earlier --from"
             )
 
 

@@ -36,6 +36,7 @@ from pipeline.trainer import Training
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OBJECTIVES = ("auto", "mlm", "clm")
 _SAMPLE = 256  # training texts that set the head's scale and bias
 
 
@@ -83,8 +84,6 @@ def pretraining(config: Config, layout: Layout) -> Pretraining:
     """
     options, location = config.pretrain, locate(config.model)
     objective = self_supervised_objective(location) if options.objective == "auto" else options.objective
-    if objective not in ("mlm", "clm"):
-        raise UserError(f"pretrain.objective is auto, mlm or clm, not '{objective}'")
     tokenizer = load_tokenizer(location)
     _check_length("pretrain", options, tokenizer, load_config(location))
     if objective == "mlm" and tokenizer.mask_token_id is None:

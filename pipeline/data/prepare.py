@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, PrepareConfig
 from pipeline.data import card as cards
-from pipeline.data.sources import Rows, load, read, select
+from pipeline.data.sources import Rows, load, must_exist, read, select
 from pipeline.data.splits import CorpusSplits, Example, TaskSplits, split_corpus, split_task
 from pipeline.errors import UserError, unknown
 from pipeline.layout import Layout
@@ -41,8 +41,7 @@ def prepare(config: Config, layout: Layout) -> dict[str, Any]:
         UserError: an unknown task, a source that cannot be read, or splits that cannot be made.
     """
     wanted = config.prepare
-    if wanted.task not in TASKS:
-        raise unknown("task", wanted.task, TASKS)
+    check_sources(config)
     read_so_far: _Read = []
     task = _task(wanted, read_so_far) if wanted.task != "none" else None
     corpus = _corpus(wanted, task, read_so_far)
@@ -51,6 +50,21 @@ def prepare(config: Config, layout: Layout) -> dict[str, Any]:
     card = cards.card(read_so_far, task, corpus)
     _replace(layout.prepared, task, corpus, card)
     return card
+
+
+def check_sources(config: Config) -> None:
+    """What can be told of the sources without reading them.
+
+    Raises:
+        UserError: an unknown task, or a file that is not there.
+    """
+    wanted = config.prepare
+    if wanted.task not in TASKS:
+        raise unknown("task", wanted.task, TASKS)
+    files = [wanted.train, wanted.validation, wanted.test] if wanted.task != "none" else []
+    for source in [*files, *wanted.corpus]:
+        if source is not None and source != OWN_TEXT:
+            must_exist(source)
 
 
 def load_task(layout: Layout) -> DatasetDict:

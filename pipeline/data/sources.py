@@ -57,13 +57,21 @@ def load(source: str) -> Table:
     path = Path(source).expanduser()
     if path.is_file():
         return read_file(path)
+    must_exist(source)
     place, _, split = source.partition("@") if not path.exists() else (source, "", "")
     folder = Path(place).expanduser()
     if folder.is_dir():
         return _from_folder(folder, split, source)
-    if _looks_like_a_path(place):
-        raise UserError(f"no such file: {source}")
     return _from_hub(place, split, source)
+
+
+def must_exist(source: str) -> None:
+    """Raises UserError for what can only be a path and leads to nothing."""
+    if source.startswith(packages.PREFIX) or Path(source).expanduser().exists():
+        return
+    place = source.partition("@")[0]
+    if _looks_like_a_path(place) and not Path(place).expanduser().is_dir():
+        raise UserError(f"no such file: {source}")
 
 
 def _from_package(source: str) -> Table:
@@ -219,8 +227,10 @@ def _as_label(table: Table, column: str, row: int, place: str) -> str:
     if value is not None and not isinstance(value, str | int | float):
         raise UserError(f"{table.source}, {place}: column '{column}' holds {value!r:.40}, which is no label")
     label = "" if value is None else _unicode(table, str(value), place).strip()
-    if not label:
-        raise UserError(f"{table.source}, {place}: column '{column}' (the label) is empty")
+    if not label or value != value:  # not a number is how pandas writes an empty cell
+        raise UserError(
+            f"{table.source}, {place}: column '{column}' (the label) is empty; write one or drop the row"
+        )
     return label
 
 

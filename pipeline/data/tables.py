@@ -76,12 +76,24 @@ def _read_csv(path: Path) -> Table:
 
 
 def _read_tsv(path: Path) -> Table:
+    """Half of all TSV files quote as CSV does, half never quote: there a lone " is text.
+
+    Both readings are tried. Where both fit, the quoted one is right unless a quote swallowed a field's end.
+    """
     text = _text(path)
-    try:
-        return _delimited(path, text, "\t", csv.QUOTE_MINIMAL)
-    except csv.Error:
-        # Half of all TSV files quote as CSV does, half never quote: there a lone " is text.
-        return _delimited(path, text, "\t", csv.QUOTE_NONE)
+    readings: list[Table] = []
+    wrong: Exception | None = None
+    for quoting in (csv.QUOTE_NONE, csv.QUOTE_MINIMAL):
+        try:
+            readings.append(_delimited(path, text, "\t", quoting))
+        except (csv.Error, UserError) as error:
+            wrong = wrong or error
+    if not readings:
+        raise UserError(str(wrong)) from None
+    swallowed = any(
+        "\n" in field or "\t" in field for column in readings[-1].columns.values() for field in column
+    )
+    return readings[0] if swallowed else readings[-1]
 
 
 def _delimited(path: Path, text: str, delimiter: str, quoting: Literal[0, 3]) -> Table:

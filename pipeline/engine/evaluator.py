@@ -40,7 +40,7 @@ class Engine:
         self.run_seed = run_seed
         self.forward_passes = 0
         space.fused = noise.worth_fusing(space.elements * budget)
-        self._hooks = OnTheFly(model, space)
+        self.hooks = OnTheFly(model, space)
         head = {id(parameter) for parameter in model.head_parameters()}
         self._head_only = all(id(searched.parameter) in head for searched in space.tensors)
         self._kept: dict[int, Tensor] = {}
@@ -51,7 +51,7 @@ class Engine:
 
     def close(self) -> None:
         """Leaves the model as it was found, at its current weights."""
-        self._hooks.close()
+        self.hooks.close()
 
     def spend(self, passes: int) -> None:
         """Counts forward passes before they are made.
@@ -70,7 +70,7 @@ class Engine:
         features = self._features(batch) if self._head_only else None
         losses = []
         for candidate in candidates:
-            with self._hooks.at(candidate):
+            with self.hooks.at(candidate):
                 logits = self.model(batch) if features is None else self.model.outputs(features)
             losses.append(cross_entropy(logits, batch.targets))
         return [float(loss) for loss in torch.stack(losses).cpu()]

@@ -101,6 +101,25 @@ def test_typed_labels_become_their_names(tmp_path: Path) -> None:
     assert read(path, text=None, label=None, labelled=True).labels == ["3", "True"]
 
 
+def test_a_quotation_over_lines_of_a_tsv_swallows_none(tmp_path: Path) -> None:
+    lines = ["text\tlabel", '"Great film.\tpos', "Bad film.\tneg", 'I said so."\tneg', "ok\tpos"]
+    path = write(tmp_path / "a.tsv", "\n".join(lines) + "\n")
+    rows = read(path, text=None, label=None, labelled=True)
+    assert rows.texts == ['"Great film.', "Bad film.", 'I said so."', "ok"]
+    assert rows.labels == ["pos", "neg", "neg", "pos"]
+
+
+def test_a_quoted_tsv_may_hold_a_line_break(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'text\tlabel\n"two\nlines"\tyes\nplain\tno\n')
+    assert read(path, text=None, label=None, labelled=True).texts == ["two\nlines", "plain"]
+
+
+def test_a_label_that_is_no_number_is_empty(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "label": 1.0}\n{"text": "b", "label": NaN}\n')
+    with pytest.raises(UserError, match="is empty; write one"):
+        read(path, text=None, label=None, labelled=True)
+
+
 def test_tsv_without_quoting_keeps_its_quotes(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", 'text\tlabel\n"Up" is fine\tyes\n')
     assert read(path, text=None, label=None, labelled=True).texts == ['"Up" is fine']

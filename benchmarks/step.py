@@ -1,0 +1,144 @@
+"""What a step costs: ``python -m benchmarks.step [--only NAME] [--json] [--device DEVICE]``.
+
+Fresh BERTs of MiniLM's and BERT-base's shape: weights do not change what arithmetic costs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from benchmarks.harness import Row, interleaved, main, ratios
+from benchmarks.published import PublishedMeZO
+from pipeline import space as spaces
+from pipeline.engine.evaluator import Engine
+from pipeline.optimizer import Problem, Seeded
+from pipeline.tasks.base import Batch
+from pipeline.tasks.classification import TextClassifier
+from pipeline.tasks.language_modelling import LanguageModel
+from plugins.spsa import spsa
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "22m": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+    "110m": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072},
+}
+BATCH, TOKENS, MASKED = 16, 64, 0.15
+PASSES = 10**7  # a budget that no benchmark spends, of a run long enough to compile for
+
+
+@cache
+def bert(shape: str) -> BertForMaskedLM:
+    """A fresh masked language model in eval mode."""
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(num_attention_heads=12, **SHAPES[shape])).eval()
+
+
+def masked_batch(device: torch.device) -> tuple[Batch, dict[str, torch.Tensor], torch.Tensor]:
+    """16 × 64 random tokens, 15% of them targets: as our batch, and as inputs and labels."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 30000, (BATCH, TOKENS), generator=generator)
+    chosen = torch.rand(ids.shape, generator=generator) < MASKED
+    inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    labels = torch.where(chosen, ids, -100).to(device)
+    positions = chosen.flatten().nonzero().squeeze(-1).to(device)
+    return Batch(inputs, labels.flatten()[positions], positions), inputs, labels
+
+
+class Ours:
+    """SPSA over every parameter, two forward passes a step."""
+
+    def __init__(self, shape: str, device: torch.device, space: str = "full", rate: float = 1e-6) -> None:
+        self.model = LanguageModel(bert(shape).to(device))
+        self.space = spaces.build(spaces.parse(space), self.model, 0)
+        self.engine = Engine(self.model, self.space, PASSES, run_seed=0)
+        problem = Problem(self.space.size, self.space.kind, PASSES, 0, device)
+        self.optimizer = spsa(problem, epsilon=1e-3, learning_rate=rate, directions=1)
+        self.batch = masked_batch(device)[0]
+        self._steps = 0
+
+    def step(self) -> None:
+        self.optimizer.step(self.engine.bind(self.batch, self._steps))
+        self._steps += 1
+
+    @torch.inference_mode()
+    def two_bare_forwards(self) -> None:
+        """The same positions scored, twice, and nothing else."""
+        for _ in range(2):
+            self.model(self.batch)
+
+
+def step_ratio(shape: str, device: torch.device, rounds: int) -> Row:
+    ours = Ours(shape, device)
+    seconds = interleaved({"step": ours.step, "bare": ours.two_bare_forwards}, rounds, device)
+    ours.engine.close()
+    return Row.of(f"step_ratio_{shape}", "ratio", ratios(seconds["step"], seconds["bare"]))
+
+
+def speedup_published(device: torch.device) -> Row:
+    ours = Ours("22m", device)
+    _, inputs, labels = masked_batch(device)
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(num_attention_heads=12, **SHAPES["22m"])).to(device)
+    published = PublishedMeZO(model, 1e-3, 1e-6)
+    seconds = interleaved(
+        {"ours": ours.step, "published": lambda: published.step(inputs, labels, 1)}, 15, device
+    )
+    ours.engine.close()
+    return Row.of("speedup_published_22m", "times", ratios(seconds["published"], seconds["ours"]))
+
+
+def restore_error(device: torch.device) -> Row:
+    """The largest change of any weight over steps at learning rate 0, in each dtype."""
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        small = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+        model = LanguageModel(BertForMaskedLM(small).to(device, dtype).eval())
+        space = spaces.build(spaces.parse("full"), model, 0)
+        engine = Engine(model, space, PASSES, run_seed=0)
+        before = space.snapshot()
+        batch = masked_batch(device)[0]
+        for step in range(1000):
+            engine.losses(batch, [Seeded(step, 1e-3), Seeded(step, -1e-3)])
+            space.move([step], [0.0], "rademacher", 0.0)
+        engine.close()
+        pairs = zip(before, space.snapshot(), strict=True)
+        errors.append(max(float((a.double() - b.double()).abs().max()) for a, b in pairs))
+    return Row.of("restore_error", "largest", errors)
+
+
+def prefix_speedup(device: torch.device) -> Row:
+    """Candidates of a search of the head, scored with features kept and with the whole model run."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 30000, (64, TOKENS), generator=generator).to(device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    targets = torch.randint(2, (64,), generator=generator).to(device)
+    model = TextClassifier(bert("22m").bert, 384, ["no", "yes"], pooled_layers=1).to(device).eval()
+    engine = Engine(model, spaces.build(spaces.parse("head"), model, 0), PASSES, run_seed=0)
+    kept = Batch(inputs, targets, examples=tuple(range(64)))
+    candidates = [Seeded(i, 0.1) for i in range(32)]
+
+    @torch.inference_mode()
+    def uncached() -> None:
+        with engine.hooks.at(candidates[0]):
+            model(kept)
+
+    seconds = interleaved({"kept": lambda: engine.losses(kept, candidates), "uncached": uncached}, 15, device)
+    engine.close()
+    each = [s / len(candidates) for s in seconds["kept"]]
+    return Row.of("prefix_speedup", "times", ratios(seconds["uncached"], each))
+
+
+if __name__ == "__main__":
+    main(
+        {
+            "step_ratio_22m": lambda device: step_ratio("22m", device, 25),
+            "step_ratio_110m": lambda device: step_ratio("110m", device, 9),
+            "speedup_published_22m": speedup_published,
+            "restore_error": restore_error,
+            "prefix_speedup": prefix_speedup,
+        }
+    )
