@@ -41,9 +41,9 @@ class PrepareConfig:
     # Unlabelled text to pretrain on, one source or a list; task is the task's own training text.
     corpus: list[str] = field(default_factory=lambda: ["task"])
     # Examples held out for validation where no file is given.
-    validation_size: int = within(1, 1000)
+    validation_size: int = within(0, 1000)
     # Examples held out for the test where no file is given.
-    test_size: int = within(1, 1000)
+    test_size: int = within(0, 1000)
     # Texts of the corpus held out to measure pretraining.
     corpus_validation_size: int = within(1, 500)
 
@@ -81,7 +81,7 @@ class PretrainConfig(TrainConfig):
     # mlm, clm, or auto: what the model's architecture is for.
     objective: str = "auto"
     # Share of tokens masked (mlm).
-    mask_probability: float = within(0.01, 0.15, 0.99)
+    mask_probability: float = within(1e-6, 0.15, 1)
     # Examples of held-out text that measure the loss during training.
     validation_examples: int = within(1, 256)
 
@@ -105,7 +105,7 @@ class EvaluateConfig:
     # Majority, zero-shot, linear probe and AdamW beside the result.
     baselines: bool = True
     # AdamW's step size.
-    adamw_learning_rate: float = within(0, 5e-5)
+    adamw_learning_rate: float = within(1e-12, 5e-5)
     # AdamW's evaluations without a better validation loss before it stops; its budget is finetune's.
     adamw_patience: int = within(0, 2)
     # How often, in forward passes, AdamW's validation loss is measured.
@@ -142,6 +142,7 @@ class Config:
         return out
 
 
+MAPPINGS = ("finetune.descriptions",)  # parameters whose own keys can be set one by one
 SECTIONS = ("prepare", "pretrain", "finetune", "evaluate")
 
 
@@ -157,7 +158,7 @@ def read(path: Path) -> Config:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no configuration at {path}; pass --config FILE") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content or {}, dict):
         raise UserError(f"{path} must map section names to values")
@@ -218,12 +219,16 @@ def updated(config: Config, values: dict[str, Any], source: str) -> Config:
             content[section] = value
         elif path in known:
             content[section][key] = value
-        elif dot and isinstance(known.get(f"{section}.{key}", 0), dict | None):
+        elif dot and f"{section}.{key}" in MAPPINGS and isinstance(content[section][key], dict | None):
             content[section][key] = {**(content[section][key] or {}), inner: value}
         else:
             hint = nearest(path, known) or "; see docs/parameters.md"
             if dot and f"{section}.{key}" in known:
-                hint = f"; '{section}.{key}' is a value, such as '{known[f'{section}.{key}']}'"
+                hint = (
+                    f"; '{section}.{key}' is one value, with its options in it: {section}.{key}=NAME,option=1"
+                )
+                if key not in ("optimizer", "space"):
+                    hint = f"; '{section}.{key}' is one value"
             raise UserError(f"{source}: unknown parameter '{path}'{hint}")
     return build(content, source)
 
@@ -267,12 +272,13 @@ def _checked(name: str, value: Any, wanted: Any, source: str) -> Any:
     kind = next(option for option in options if option is not type(None))
     plain = typing.get_origin(kind) or kind
     if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
     if plain is list and isinstance(value, str):
         value = [value]
     if type(value) is not plain:
-        raise UserError(f"{source}: '{name}' takes {_readable(kind)}, not '{value}'")
+        shown = " ".join(str(value).split())
+        raise UserError(f"{source}: '{name}' takes {_readable(kind)}, not '{shown:.80}'")
     if plain is list:
         return [_text(name, each, source) for each in value]
     if plain is dict:
@@ -281,9 +287,9 @@ def _checked(name: str, value: Any, wanted: Any, source: str) -> Any:
 
 
 def _text(name: str, value: Any, source: str) -> str:
-    """An element of a list or a mapping: text, or a number as it is written."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        # YAML reads an unquoted yes, no, on or off as true or false
+    """An element of a list or a mapping: text, or a whole number as it is written."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        # YAML reads an unquoted yes or no as true or false, and 1.10 as 1.1
         raise UserError(f"{source}: '{name}' takes texts, not '{value}'; write it in quotes")
     return str(value)
 
@@ -293,7 +299,8 @@ def _in_bounds(name: str, value: Any, bounds: tuple[float, float] | None, source
         return value
     low, high = bounds
     if not low <= value <= high or value == float("inf"):
-        wanted = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+        wanted = f"at least {low:g} and finite" if isinstance(value, float) else f"at least {low:g}"
+        wanted = wanted if high == float("inf") else f"from {low:g} to {high:g}"
         raise UserError(f"{source}: '{name}' must be {wanted}, got {value}")
     return value
 

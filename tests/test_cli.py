@@ -278,8 +278,9 @@ def test_values_of_a_configuration_are_checked(tmp_path: Path) -> None:
     for text, error in [
         ("finetune: 3", "is a section"),
         ("finetune: {batch_size: 1.5}", "takes a whole number"),
-        ("finetune: {forward_passes: -1}", "must not be negative"),
+        ("finetune: {forward_passes: -1}", "must be at least 1, got -1"),
         ("evaluate: {baselines: 1}", "takes true or false"),
+        ("prepare: {text: 2020-13-01}", "not readable YAML"),
         ("- a", "must map"),
         ("a: [", "not readable YAML"),
     ]:

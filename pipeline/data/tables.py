@@ -89,7 +89,7 @@ def _read_tsv(path: Path) -> Table:
         except (csv.Error, UserError) as error:
             wrong = wrong or error
     if not readings:
-        raise UserError(str(wrong)) from None
+        raise wrong if isinstance(wrong, UserError) else UserError(f"{path} is not well-formed TSV: {wrong}")
     swallowed = any(
         "\n" in field or "\t" in field for column in readings[-1].columns.values() for field in column
     )
