@@ -16,6 +16,7 @@ from benchmarks.published import PublishedMeZO
 from pipeline import space as spaces
 from pipeline.engine.evaluator import Engine
 from pipeline.optimizer import Problem, Seeded
+from pipeline.start import PeakMemory
 from pipeline.tasks.base import Batch
 from pipeline.tasks.classification import TextClassifier
 from pipeline.tasks.language_modelling import LanguageModel
@@ -110,6 +111,23 @@ def restore_error(device: torch.device) -> Row:
     return Row.of("restore_error", "largest", errors)
 
 
+def memory_over_inference(device: torch.device) -> Row:
+    """Peak memory of steps above that of bare forwards, in units of the largest tensor, at 110M."""
+    ours = Ours("110m", device)
+    largest = max(s.parameter.numel() * s.parameter.element_size() for s in ours.space.tensors) / 2**20
+    above = []
+    for _ in range(5):
+        peaks = []
+        for work in (ours.two_bare_forwards, ours.step):
+            work()
+            with PeakMemory(device) as memory:
+                work()
+            peaks.append(memory.mib)
+        above.append((peaks[1] - peaks[0]) / largest)
+    ours.engine.close()
+    return Row.of("memory_over_inference", "layers", above)
+
+
 def prefix_speedup(device: torch.device) -> Row:
     """Candidates of a search of the head, scored with features kept and with the whole model run."""
     generator = torch.Generator().manual_seed(0)
@@ -139,6 +157,7 @@ if __name__ == "__main__":
             "step_ratio_110m": lambda device: step_ratio("110m", device, 9),
             "speedup_published_22m": speedup_published,
             "restore_error": restore_error,
+            "memory_over_inference": memory_over_inference,
             "prefix_speedup": prefix_speedup,
         }
     )

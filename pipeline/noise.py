@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,23 +40,41 @@ def direction(seed: int, start: int, count: int, distribution: str, device: torc
     assert distribution == "gaussian", distribution
     first, last = start >> 1, (start + count + 1) >> 1
     pairs = torch.arange(first, last, device=device, dtype=torch.int64)
-    radius, angle = _polar(pairs, seed)
+    radius, angle = _polar(_hash(pairs * 2, seed), _hash(pairs * 2 + 1, seed))
     both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return both.flatten()[start - (first << 1) :][:count]
 
 
-def added(values: Tensor, seed: int, start: int, law: str, scale: float, *, fused: bool = False) -> Tensor:
-    """``values`` + ``scale`` · z, a new tensor like ``values``; z's elements begin at ``start``.
+def directions(seeds: Sequence[int], count: int, law: str, device: torch.device) -> Tensor:
+    """The first ``count`` elements of many directions at once: float32 ``[seeds, count]``.
+
+    A Gaussian element may differ from `direction`'s in its last bit.
+    """
+    keys = torch.tensor([_keys(seed) for seed in seeds], dtype=torch.int32, device=device)
+    first, second = keys[:, :1], keys[:, 1:]
+    if law == "rademacher":
+        words = torch.arange((count + 31) >> 5, device=device, dtype=torch.int32)
+        return _signs(_keyed(words, first, second)).flatten(1)[:, :count]
+    assert law == "gaussian", law
+    doubled = 2 * torch.arange((count + 1) >> 1, device=device, dtype=torch.int32)
+    radius, angle = _polar(_keyed(doubled, first, second), _keyed(doubled + 1, first, second))
+    both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return both.flatten(1)[:, :count]
+
+
+def add(
+    values: Tensor, seed: int, start: int, law: str, scale: float, *, out: Tensor, fused: bool = False
+) -> Tensor:
+    """``out`` ← ``values`` + ``scale`` · z; z's elements begin at ``start``. ``out`` may be ``values``.
 
     ``fused`` asks for one compiled pass over memory where that is possible (``rademacher``, aligned to words,
     a compiler): it costs little more than reading the values, and the bits are the same.
     """
-    if fused and law == "rademacher" and not (start | values.numel()) & 31:
-        done = _fused.added(values, seed, start >> 5, scale)
-        if done is not None:
-            return done
+    aligned = not (start | values.numel()) & 31
+    if fused and aligned and law == "rademacher" and _fused.add(values, seed, start >> 5, scale, out):
+        return out
     z = direction(seed, start, values.numel(), law, values.device)
-    return torch.add(values, z.view(values.shape), alpha=scale).to(values.dtype)
+    return out.copy_(torch.add(values, z.view(values.shape), alpha=scale))
 
 
 def worth_fusing(elements: float) -> bool:
@@ -83,7 +101,8 @@ def direction_at(seed: int, indices: Tensor, distribution: str) -> Tensor:
         words = _hash(indices >> 5, seed)
         bits = words << (31 - (indices & 31)).to(torch.int32)
         return bits.bitwise_and_(_SIGN_BIT).bitwise_or_(_ONE_AS_BITS).view(torch.float32)
-    radius, angle = _polar(indices >> 1, seed)
+    even = indices & ~1
+    radius, angle = _polar(_hash(even, seed), _hash(even + 1, seed))
     return radius * torch.where((indices & 1).bool(), torch.sin(angle), torch.cos(angle))
 
 
@@ -108,9 +127,8 @@ def derive(seed: int, *path: int) -> int:
     return seed >> 1
 
 
-def _polar(pairs: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Radius and angle of Box–Muller for each pair counter."""
-    first, second = _hash(pairs * 2, seed), _hash(pairs * 2 + 1, seed)
+def _polar(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Radius and angle of Box–Muller from two int32 words each."""
     scale = 2.0**-24
     uniform = (((first >> 8) & 0xFFFFFF).float() + 1.0) * scale  # (0, 1]: its logarithm is finite
     radius = torch.sqrt(-2.0 * torch.log(uniform))
@@ -158,35 +176,35 @@ def _splitmix64(x: int) -> int:
 
 
 class _FusedKernel:
-    """The compiled kernel, made when first asked for; where it cannot be made it answers None for good."""
+    """The compiled kernel, made when first asked for; where it cannot be made it answers False for good."""
 
     def __init__(self) -> None:
-        self._kernel: Callable[..., Tensor] | None = None
+        self._kernel: Callable[..., None] | None = None
         self._broken = False
 
-    def added(self, values: Tensor, seed: int, first_word: int, scale: float) -> Tensor | None:
+    def add(self, values: Tensor, seed: int, first_word: int, scale: float, out: Tensor) -> bool:
         if self._broken:
-            return None
+            return False
         keys = torch.tensor([*_keys(seed), first_word], dtype=torch.int32).to(values.device)
-        arguments = (values.view(-1, 32), keys, torch.tensor(scale))
+        arguments = (values.view(-1, 32), keys, torch.tensor(scale), out.view(-1, 32))
         if self._kernel is not None:
-            return self._kernel(*arguments).view(values.shape)
+            self._kernel(*arguments)
+            return True
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of torch in its own modules
-                kernel = torch.compile(_added, dynamic=True)
-                done = kernel(*arguments)
+                kernel = torch.compile(_add, dynamic=True)
+                kernel(*arguments)
         except Exception:  # no compiler, or one that fails: whatever it raises, the eager path has the bits
             self._broken = True
-            return None
+            return False
         self._kernel = kernel
-        return done.view(values.shape)
+        return True
 
 
-def _added(values: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+def _add(values: Tensor, keys: Tensor, scale: Tensor, out: Tensor) -> None:
     words = torch.arange(values.shape[0], device=values.device, dtype=torch.int32) + keys[2]
-    signs = _signs(_keyed(words, keys[0], keys[1]))
-    return (values + signs * scale).to(values.dtype)
+    out.copy_(values + _signs(_keyed(words, keys[0], keys[1])) * scale)
 
 
 _fused = _FusedKernel()

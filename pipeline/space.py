@@ -18,14 +18,15 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import noise
 from pipeline.errors import UserError, nearest, unknown
-from pipeline.optimizer import Candidate, Seeded
+from pipeline.optimizer import Candidate, Explicit, Seeded
 from pipeline.registry import Spec
 from pipeline.tasks.base import TaskModel
 
@@ -82,6 +83,12 @@ def _option(space: str, key: str, value: Any, wanted: type) -> int | float:
     return int(value) if wanted is int else float(value)
 
 
+class ValueAt(Protocol):
+    """What a searched tensor is at a candidate: of its shape and dtype, in ``out`` if that is given."""
+
+    def __call__(self, searched: Searched, out: Tensor | None = None) -> Tensor: ...
+
+
 class Space:
     """The searched tensors of a model, and every way to read, perturb and move them.
 
@@ -113,6 +120,17 @@ class Space:
         """The number of coordinates."""
         return self.elements
 
+    @cached_property
+    def small(self) -> list[Searched]:
+        """The tensors of few elements."""
+        return [searched for searched in self.tensors if searched.parameter.numel() <= _Shifted.SMALL]
+
+    @cached_property
+    def small_indices(self) -> Tensor:
+        """The indices of their elements among all, one tensor after another."""
+        parts = [torch.arange(s.offset, s.offset + s.parameter.numel()) for s in self.small]
+        return torch.cat(parts).to(self.device)
+
     @property
     def elementwise(self) -> bool:
         """Whether a coordinate is an element itself."""
@@ -122,11 +140,33 @@ class Space:
     def device(self) -> torch.device:
         return self.tensors[0].parameter.device
 
-    def value(self, searched: Searched, candidate: Candidate) -> Tensor:
-        """What ``searched`` is at a candidate: a new tensor of its shape and dtype; nothing is written."""
-        if isinstance(candidate, Seeded):
-            return self._shifted(searched, candidate)
-        return self._displaced(searched, candidate.coordinates)
+    def at(self, candidate: Candidate) -> ValueAt:
+        """What searched tensors are at ``candidate``; nothing is written but the ``out`` that is given."""
+        if isinstance(candidate, Explicit):
+            return lambda searched, out=None: self._displaced(searched, candidate.coordinates)
+        return _Shifted(self, candidate)
+
+    def stacked(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
+        """Every searched tensor at each of ``candidates``, by name: ``[candidates, *shape]``."""
+        seeded = [candidate for candidate in candidates if isinstance(candidate, Seeded)]
+        if len(seeded) < len(candidates) or len({candidate.distribution for candidate in seeded}) > 1:
+            values = [self.at(candidate) for candidate in candidates]
+            return {s.name: torch.stack([value(s) for value in values]) for s in self.tensors}
+        place = {seed: i for i, seed in enumerate(dict.fromkeys(candidate.seed for candidate in seeded))}
+        laws = [self._law(candidate.seed, candidate.distribution) for candidate in seeded]
+        z = noise.directions(list(place), self.elements, laws[0][0], self.device)
+        scales = [candidate.scale * law[1] for candidate, law in zip(seeded, laws, strict=True)]
+        shifts = z[[place[candidate.seed] for candidate in seeded]] * torch.tensor(
+            scales, device=self.device
+        ).unsqueeze(1)
+        return {
+            s.name: torch.add(
+                s.parameter.detach(),
+                shifts[:, s.offset : s.offset + s.parameter.numel()].view(-1, *s.parameter.shape),
+                alpha=s.scale,
+            ).to(s.parameter.dtype)
+            for s in self.tensors
+        }
 
     def rows(self, searched: Searched, rows: Tensor, candidate: Seeded) -> Tensor | None:
         """What a seeded candidate adds to ``rows`` (int64) of a matrix: ``[*rows.shape, columns]``.
@@ -144,7 +184,7 @@ class Space:
         for searched in self.tensors:
             weight = searched.parameter.data
             if len(seeds) == 1 and not decay:  # nothing to sum
-                weight.copy_(self._along(searched, weight, seeds[0], coefficients[0], distribution))
+                self._add(searched, weight, seeds[0], coefficients[0], distribution, weight)
                 continue
             change = self._combined(searched, seeds, coefficients, distribution)
             if decay and weight.dim() > 1:
@@ -181,20 +221,16 @@ class Space:
         parameter = searched.parameter
         change = torch.zeros(parameter.numel(), device=parameter.device)
         for seed, coefficient in zip(seeds, coefficients, strict=True):
-            change = self._along(searched, change, seed, coefficient, distribution)
+            self._add(searched, change, seed, coefficient, distribution, change)
         return change.view(parameter.shape)
 
-    def _along(
-        self, searched: Searched, values: Tensor, seed: int, scale: float, distribution: str
+    def _add(
+        self, searched: Searched, values: Tensor, seed: int, scale: float, distribution: str, out: Tensor
     ) -> Tensor:
-        """``values``, like ``searched``, plus its part of ``scale`` · z(seed)."""
+        """``out`` ← ``values``, like ``searched``, plus its part of ``scale`` · z(seed)."""
         law, factor = self._law(seed, distribution)
         scale *= factor * searched.scale
-        return noise.added(values, seed, searched.offset, law, scale, fused=self.fused)
-
-    def _shifted(self, searched: Searched, candidate: Seeded) -> Tensor:
-        weight = searched.parameter.detach()
-        return self._along(searched, weight, candidate.seed, candidate.scale, candidate.distribution)
+        return noise.add(values, seed, searched.offset, law, scale, out=out, fused=self.fused)
 
     def _displaced(self, searched: Searched, coordinates: Tensor) -> Tensor:
         start = self._start_of(searched)
@@ -218,6 +254,36 @@ class Space:
         return self._start[self.tensors.index(searched)]
 
 
+class _Shifted:
+    """The tensors of a space at a seeded candidate.
+
+    Those of few elements, of which a model has many, get their noise all at once: each on its own would cost
+    more in calls than in arithmetic.
+    """
+
+    SMALL = 2**14
+
+    def __init__(self, space: Space, candidate: Seeded) -> None:
+        self._space = space
+        self._candidate = candidate
+        self._small: dict[str, Tensor] = {}
+        if candidate.distribution == "rademacher" and space.small:
+            z = noise.direction_at(candidate.seed, space.small_indices, "rademacher")
+            parts = torch.split(z, [searched.parameter.numel() for searched in space.small])
+            self._small = {s.name: part for s, part in zip(space.small, parts, strict=True)}
+
+    def __call__(self, searched: Searched, out: Tensor | None = None) -> Tensor:
+        weight, candidate = searched.parameter.detach(), self._candidate
+        z = self._small.get(searched.name)
+        if z is not None:
+            shift = candidate.scale * searched.scale
+            return torch.add(weight, z.view(weight.shape), alpha=shift).to(weight.dtype)
+        out = torch.empty_like(weight) if out is None else out
+        return self._space._add(
+            searched, weight, candidate.seed, candidate.scale, candidate.distribution, out
+        )
+
+
 class Projection(Space):
     """A random k-dimensional subspace: θ = start + S c, S sparse with one ±√(k/d) in each row.
 
@@ -239,6 +305,28 @@ class Projection(Space):
     def elementwise(self) -> bool:
         return False
 
+    def stacked(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
+        """Every searched tensor at each of ``candidates``, by name: ``[candidates, *shape]``."""
+        seeded = [candidate for candidate in candidates if isinstance(candidate, Seeded)]
+        if len(seeded) < len(candidates) or len({candidate.distribution for candidate in seeded}) > 1:
+            values = [self.at(candidate) for candidate in candidates]
+            return {s.name: torch.stack([value(s) for value in values]) for s in self.tensors}
+        place = {seed: i for i, seed in enumerate(dict.fromkeys(candidate.seed for candidate in seeded))}
+        laws = [self._law(candidate.seed, candidate.distribution) for candidate in seeded]
+        z = noise.directions(list(place), self.elements, laws[0][0], self.device)
+        scales = [candidate.scale * law[1] for candidate, law in zip(seeded, laws, strict=True)]
+        shifts = z[[place[candidate.seed] for candidate in seeded]] * torch.tensor(
+            scales, device=self.device
+        ).unsqueeze(1)
+        return {
+            s.name: torch.add(
+                s.parameter.detach(),
+                shifts[:, s.offset : s.offset + s.parameter.numel()].view(-1, *s.parameter.shape),
+                alpha=s.scale,
+            ).to(s.parameter.dtype)
+            for s in self.tensors
+        }
+
     def rows(self, searched: Searched, rows: Tensor, candidate: Seeded) -> Tensor | None:
         return None
 
@@ -257,10 +345,12 @@ class Projection(Space):
         super().place(coordinates)
         self._point = coordinates.clone()
 
-    def _shifted(self, searched: Searched, candidate: Seeded) -> Tensor:
+    def at(self, candidate: Candidate) -> ValueAt:
+        if isinstance(candidate, Explicit):
+            return super().at(candidate)
         law, factor = self._law(candidate.seed, candidate.distribution)
         z = noise.direction(candidate.seed, 0, self.dimension, law, self._point.device)
-        return self._displaced(searched, torch.add(self._point, z, alpha=candidate.scale * factor))
+        return self.at(Explicit(torch.add(self._point, z, alpha=candidate.scale * factor)))
 
     def _displaced(self, searched: Searched, coordinates: Tensor) -> Tensor:
         start = self._start_of(searched)

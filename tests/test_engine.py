@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from pipeline import space as spaces
+from pipeline.engine import batched
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
 from pipeline.models import load_encoder, load_language_model, load_tokenizer
+from pipeline.noise import direction
 from pipeline.objective import cross_entropy
 from pipeline.optimizer import BudgetSpent, Candidate, Explicit, Seeded
 from pipeline.tasks.base import Batch, TaskModel
@@ -51,7 +53,7 @@ def reference(model: TaskModel, space: spaces.Space, candidate: Candidate, batch
     parameters = dict(written.named_parameters())
     with torch.no_grad():
         for tensor in space.tensors:
-            parameters[tensor.name].copy_(space.value(tensor, candidate))
+            parameters[tensor.name].copy_(space.at(candidate)(tensor))
         if isinstance(written, LanguageModel):
             logits = written.model(**batch.inputs).logits.flatten(0, 1)[batch.positions]
         else:
@@ -85,6 +87,29 @@ def test_on_the_fly_equals_written_weights(family: str, text: str, bert: Path, g
     expected = [reference(model, space, candidate, batch) for candidate in candidates]
     assert losses == pytest.approx(expected, rel=2e-5)
     assert len({round(loss, 6) for loss in losses}) == 3
+
+
+@pytest.mark.parametrize("small", [0, 2**14])
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_way_to_perturb_gives_the_same_losses(
+    small: int, fused: bool, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spaces._Shifted, "SMALL", small)
+    model, batch = language_model(bert, "mlm")
+    space = searched("full,encoder_scale=0.5", model)
+    engine = Engine(model, space, 100, run_seed=0)
+    space.fused = fused
+    candidate = Seeded(4, 0.05)
+    losses = engine.losses(batch, [candidate])
+    engine.close()
+    plain = searched("full,encoder_scale=0.5", model)
+    with torch.no_grad():
+        for tensor in plain.tensors:
+            weight = tensor.parameter
+            z = direction(4, tensor.offset, weight.numel(), "rademacher", weight.device)
+            weight.add_(z.view(weight.shape), alpha=0.05 * tensor.scale)
+        expected = float(cross_entropy(model(batch), batch.targets))
+    assert losses == pytest.approx([expected], rel=2e-6)
 
 
 @pytest.mark.parametrize("family", ["opt", "gemma", "llama"])
@@ -158,6 +183,26 @@ def test_the_budget_is_exact_and_never_passed(bert: Path) -> None:
     assert engine.forward_passes == 4
     engine.losses(batch, [Seeded(1, 0.1)])
     assert engine.forward_passes == 5
+
+
+def test_candidates_of_the_head_are_scored_in_one_forward_as_one_by_one(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = classifier(bert)
+    space = searched("head", model)
+    engine = Engine(model, space, 1000, run_seed=0)
+    coordinates = 0.05 * torch.randn(space.size, generator=torch.Generator().manual_seed(0))
+    pairs = [Seeded(seed, scale) for seed in (4, 5) for scale in (0.1, -0.1)]
+    for candidates in (
+        pairs,
+        [Seeded(seed, 0.1, "sphere") for seed in range(3)],
+        [Seeded(4, 0.1), Seeded(4, 0.1, "gaussian"), Explicit(coordinates)],
+    ):
+        expected = [reference(model, space, candidate, batch) for candidate in candidates]
+        assert engine.losses(batch, candidates) == pytest.approx(expected, rel=2e-5)
+    whole = engine.losses(batch, pairs)
+    monkeypatch.setattr(batched, "_ELEMENTS", 1)
+    assert engine.losses(batch, pairs) == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_search_of_the_head_encodes_each_row_once(bert: Path) -> None:

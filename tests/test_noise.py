@@ -56,6 +56,15 @@ def test_other_seeds_and_offsets_are_uncorrelated(distribution: str, seed: int, 
 
 
 @pytest.mark.parametrize("law", noise.LAWS)
+@pytest.mark.parametrize("count", [1, 33, 770])
+def test_many_directions_are_each_its_own(law: str, count: int) -> None:
+    seeds = [3, 2**61, 7]
+    many = noise.directions(seeds, count, law, CPU)
+    each = torch.stack([noise.direction(seed, 0, count, law, CPU) for seed in seeds])
+    torch.testing.assert_close(many, each, rtol=0 if law == "rademacher" else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("law", noise.LAWS)
 @pytest.mark.parametrize(("start", "columns"), [(64, 32), (64, 96), (7, 32), (64, 5)])
 def test_rows_are_those_of_the_whole(law: str, start: int, columns: int) -> None:
     whole = noise.direction(11, start, 20 * columns, law, CPU).view(20, columns)
@@ -73,8 +82,11 @@ def test_one_fused_pass_has_the_bits_of_the_eager_one(
     dtype: torch.dtype, law: str, start: int, count: int
 ) -> None:
     values = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
-    eager = noise.added(values, 2**61 + 5, start, law, 1e-3)
-    fused = noise.added(values, 2**61 + 5, start, law, 1e-3, fused=True)
+    eager = noise.add(values, 2**61 + 5, start, law, 1e-3, out=torch.empty_like(values))
+    fused = noise.add(values.clone(), 2**61 + 5, start, law, 1e-3, out=torch.empty_like(values), fused=True)
+    inplace = values.clone()
+    noise.add(inplace, 2**61 + 5, start, law, 1e-3, out=inplace, fused=True)
+    assert torch.equal(inplace, eager)
     assert eager.dtype == dtype
     assert torch.equal(eager, fused)
     z = noise.direction(2**61 + 5, start, count, law, CPU)
@@ -88,9 +100,8 @@ def test_without_a_compiler_the_eager_path_answers(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(noise, "_fused", noise._FusedKernel())
     monkeypatch.setattr(torch, "compile", no_compiler)
     values = torch.zeros(64)
-    assert torch.equal(
-        noise.added(values, 1, 0, "rademacher", 1.0, fused=True), noise.direction(1, 0, 64, "rademacher", CPU)
-    )
+    noise.add(values, 1, 0, "rademacher", 1.0, out=values, fused=True)
+    assert torch.equal(values, noise.direction(1, 0, 64, "rademacher", CPU))
 
 
 def test_derived_seeds_differ_by_path() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline import noise
+from pipeline.engine.batched import BatchedHead
 from pipeline.engine.onthefly import OnTheFly
 from pipeline.errors import UserError
 from pipeline.objective import cross_entropy
@@ -43,6 +44,7 @@ class Engine:
         self.hooks = OnTheFly(model, space)
         head = {id(parameter) for parameter in model.head_parameters()}
         self._head_only = all(id(searched.parameter) in head for searched in space.tensors)
+        self._head = BatchedHead(model, space)
         self._kept: dict[int, Tensor] = {}
 
     def bind(self, batch: Batch, step: int) -> BatchEvaluator:
@@ -65,15 +67,22 @@ class Engine:
 
     @torch.inference_mode()
     def losses(self, batch: Batch, candidates: Sequence[Candidate]) -> list[float]:
-        """The objective at each candidate. A search of the head alone computes the features once."""
+        """The objective at each candidate. A search of the head alone computes the features once.
+
+        Where the head can, all candidates are scored in one batched forward.
+        """
         self.spend(len(candidates))
         features = self._features(batch) if self._head_only else None
-        losses = []
-        for candidate in candidates:
-            with self.hooks.at(candidate):
-                logits = self.model(batch) if features is None else self.model.outputs(features)
-            losses.append(cross_entropy(logits, batch.targets))
-        return [float(loss) for loss in torch.stack(losses).cpu()]
+        if features is not None and self.model.outputs_batch:
+            losses = self._head.losses(features, batch.targets, candidates)
+        else:
+            losses = torch.stack([self._loss(batch, features, candidate) for candidate in candidates])
+        return [float(loss) for loss in losses.cpu()]
+
+    def _loss(self, batch: Batch, features: Tensor | None, candidate: Candidate) -> Tensor:
+        with self.hooks.at(candidate):
+            logits = self.model(batch) if features is None else self.model.outputs(features)
+        return cross_entropy(logits, batch.targets)
 
     def gradient(self, batch: Batch, step: int) -> tuple[float, list[Tensor]]:
         """The loss and its gradient, with dropout as in training; counts as three forward passes."""

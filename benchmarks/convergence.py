@@ -1,0 +1,118 @@
+"""Forward passes to a fixed validation loss: ``python -m benchmarks.convergence [--only NAME] [--json]``.
+
+The sentiment task of the default run, over the head, from the weights that ``dvc repro`` pretrained. Every
+method gets the same batches, the same budget and a learning rate of its own: the one of its grid that needs
+the fewest passes in the median of three seeds. A run that does not arrive counts as the whole budget.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Row, main
+from pipeline import start
+from pipeline.config import read
+from pipeline.engine.evaluator import Engine
+from pipeline.layout import Layout, project_root
+from pipeline.objective import cross_entropy
+from pipeline.optimizer import BudgetSpent, Problem
+from pipeline.registry import Spec, create
+
+TARGET = 0.50  # nats; zero-shot starts at 0.53, two-point SPSA ends near 0.47
+BUDGET = 40_000
+SEEDS = (0, 1, 2)
+EVERY = 5  # steps between measurements
+
+# a spec, and the learning rates it is tried at
+METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "TwoPoint": ("spsa,epsilon=0.1,directions=16", (1e-3, 2e-3, 4e-3, 8e-3)),
+    "OneSided": ("spsa:OneSided,epsilon=0.1,directions=32", (1e-3, 2e-3, 4e-3, 8e-3)),
+    "CurvatureClipped": ("spsa:CurvatureClipped,epsilon=0.1,directions=16", (1e-3, 2e-3, 4e-3, 8e-3)),
+    "SepCMA": ("cmaes:SepCMA", (0.01, 0.03, 0.1)),
+}
+
+
+@dataclass
+class Setting:
+    """The task with every feature kept, and what to begin each run from."""
+
+    begin: start.Finetuning
+    space: Any
+    before: list[torch.Tensor]
+    features: torch.Tensor
+    targets: torch.Tensor
+
+
+@functools.cache
+def setting(device: torch.device) -> Setting:
+    """The default run's task; its pretrained model must be there."""
+    root = project_root()
+    config = replace(read(root / "params.yaml"), device=str(device))
+    begin = start.classifier(config, Layout(root))
+    space = start.finetuning_space(config, begin)
+    batches = [batch.to(space.device) for batch in begin.validation.by_length(64)]
+    with torch.inference_mode():
+        features = torch.cat([begin.model.features(batch) for batch in batches])
+    return Setting(begin, space, space.snapshot(), features, torch.cat([batch.targets for batch in batches]))
+
+
+def passes_to_target(spec: str, seed: int, engines: Engine, at: Setting) -> int:
+    """Forward passes until the validation loss is ``TARGET``; ``BUDGET`` if it never is."""
+    at.space.restore(at.before)
+    at.space._start = None
+    problem = Problem(at.space.size, at.space.kind, BUDGET, seed, at.space.device)
+    optimizer = create(Spec.parse(spec), problem)
+    engines.forward_passes, step = 0, 0
+    while True:
+        try:
+            optimizer.step(engines.bind(at.begin.batch(step + 10_000 * seed), step))
+        except BudgetSpent:
+            return BUDGET
+        step += 1
+        if step % EVERY == 0:
+            with torch.inference_mode():
+                loss = float(cross_entropy(at.begin.model.outputs(at.features), at.targets))
+            if loss <= TARGET:
+                return engines.forward_passes
+
+
+@functools.cache
+def best(method: str, device: torch.device) -> tuple[str, list[int]]:
+    """A method's best setting and the passes of each seed at it."""
+    at = setting(device)
+    engine = Engine(at.begin.model, at.space, BUDGET, run_seed=0)
+    spec, rates = METHODS[method]
+    option = "sigma" if spec.startswith("cmaes") else "learning_rate"
+    tried: dict[str, list[int]] = {}
+    for rate in rates:
+        head, comma, rest = spec.partition(",")
+        full = f"{head},{option}={rate}{comma}{rest}"
+        tried[full] = [passes_to_target(full, seed, engine, at) for seed in SEEDS]
+        print(f"# {full}: {tried[full]}", file=sys.stderr, flush=True)
+    engine.close()
+    chosen = min(tried, key=lambda each: statistics.median(tried[each]))
+    return chosen, tried[chosen]
+
+
+def passes(method: str, device: torch.device) -> Row:
+    return Row.of(f"passes/{method}", "passes", [float(p) for p in best(method, device)[1]])
+
+
+def passes_ratio(device: torch.device) -> Row:
+    """The best method's passes over two-point SPSA's, seed by seed."""
+    found = {method: best(method, device)[1] for method in METHODS}
+    winner = min(found, key=lambda method: statistics.median(found[method]))
+    print(f"# best: {winner}", file=sys.stderr)
+    pairs = zip(found[winner], found["TwoPoint"], strict=True)
+    return Row.of("forward_passes_ratio", "ratio", [ours / two for ours, two in pairs])
+
+
+if __name__ == "__main__":
+    every = {f"passes/{method}": functools.partial(passes, method) for method in METHODS}
+    main({**every, "forward_passes_ratio": passes_ratio})
