@@ -176,35 +176,46 @@ def _splitmix64(x: int) -> int:
 
 
 class _FusedKernel:
-    """The compiled kernel, made when first asked for; where it cannot be made it answers False for good."""
+    """The compiled kernels, made when first asked for; where they cannot be, it answers False for good."""
 
     def __init__(self) -> None:
-        self._kernel: Callable[..., None] | None = None
-        self._broken = False
+        self._kernels: tuple[Callable[..., None], Callable[..., None]] | None = None
+        self.broken = False
 
     def add(self, values: Tensor, seed: int, first_word: int, scale: float, out: Tensor) -> bool:
-        if self._broken:
+        if self.broken:
             return False
         keys = torch.tensor([*_keys(seed), first_word], dtype=torch.int32).to(values.device)
-        arguments = (values.view(-1, 32), keys, torch.tensor(scale), out.view(-1, 32))
-        if self._kernel is not None:
-            self._kernel(*arguments)
-            return True
+        arguments = (values.view(-1, 32), keys, torch.tensor(scale))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of torch in its own modules
-                kernel = torch.compile(_add, dynamic=True)
-                kernel(*arguments)
-        except Exception:  # no compiler, or one that fails: whatever it raises, the eager path has the bits
-            self._broken = True
+                warnings.simplefilter("ignore")  # of the compiler, about its own modules
+                if self._kernels is None:
+                    self._kernels = torch.compile(_add, dynamic=True), torch.compile(_add_to, dynamic=True)
+                # torch 2.13 compiles wrongly where an input that is written has a second name
+                if out.data_ptr() == values.data_ptr():
+                    self._kernels[0](*arguments)
+                else:
+                    self._kernels[1](*arguments, out.view(-1, 32))
+        except Exception as error:  # no compiler, or one that fails: the eager path has the same bits
+            self.broken = True
+            first = str(error).strip().partition("\n")[0]
+            warnings.warn(f"noise is not compiled ({first}); going on slower", RuntimeWarning, stacklevel=2)
             return False
-        self._kernel = kernel
         return True
 
 
-def _add(values: Tensor, keys: Tensor, scale: Tensor, out: Tensor) -> None:
+def _add(values: Tensor, keys: Tensor, scale: Tensor) -> None:
+    values.copy_(values + _noise_like(values, keys) * scale)
+
+
+def _add_to(values: Tensor, keys: Tensor, scale: Tensor, out: Tensor) -> None:
+    out.copy_(values + _noise_like(values, keys) * scale)
+
+
+def _noise_like(values: Tensor, keys: Tensor) -> Tensor:
     words = torch.arange(values.shape[0], device=values.device, dtype=torch.int32) + keys[2]
-    out.copy_(values + _signs(_keyed(words, keys[0], keys[1])) * scale)
+    return _signs(_keyed(words, keys[0], keys[1]))
 
 
 _fused = _FusedKernel()
