@@ -14,21 +14,35 @@ from pipeline.tasks.classification import ClassificationData
 
 
 @torch.inference_mode()
-def losses_and_hits(model: TaskModel, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Per target, in the batches' order: its loss in nats (float32) and whether it was predicted (bool)."""
+def features(model: TaskModel, batches: Sequence[Batch]) -> list[Tensor]:
+    """What the head reads of each batch. It can be kept for as long as nothing below the head moves."""
+    device = next(model.parameters()).device
+    return [model.features(batch.to(device)) for batch in batches]
+
+
+@torch.inference_mode()
+def losses_and_hits(
+    model: TaskModel, batches: Sequence[Batch], kept: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Per target, in the batches' order: its loss in nats (float32) and whether it was predicted (bool).
+
+    ``kept`` are the batches' `features`, where they are known.
+    """
     device = next(model.parameters()).device
     losses, hits = [], []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         batch = batch.to(device)
-        logits = model(batch).float()
+        logits = (model(batch) if kept is None else model.outputs(kept[number])).float()
         losses.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none").cpu())
         hits.append((logits.argmax(-1) == batch.targets).cpu())
     return torch.cat(losses), torch.cat(hits)
 
 
-def measure(model: TaskModel, batches: Sequence[Batch]) -> dict[str, float]:
-    """``loss`` (nats) and ``accuracy`` over all targets."""
-    losses, hits = losses_and_hits(model, batches)
+def measure(
+    model: TaskModel, batches: Sequence[Batch], kept: Sequence[Tensor] | None = None
+) -> dict[str, float]:
+    """``loss`` (nats) and ``accuracy`` over all targets; ``kept`` as in `losses_and_hits`."""
+    losses, hits = losses_and_hits(model, batches, kept)
     return {"loss": float(losses.double().mean()), "accuracy": float(hits.double().mean())}
 
 
@@ -70,11 +84,7 @@ def linear_probe(
     return {"loss": float(loss), **accuracy(best.predict(xt) == yt)}
 
 
-@torch.inference_mode()
 def _features(model: TaskModel, data: ClassificationData) -> tuple[np.ndarray, np.ndarray]:
-    device = next(model.parameters()).device
-    features, labels = [], []
-    for batch in data.by_length(64):
-        features.append(model.features(batch.to(device)).float().cpu())
-        labels.append(batch.targets)
-    return torch.cat(features).numpy(), torch.cat(labels).numpy()
+    batches = data.by_length(64)
+    found = [each.float().cpu() for each in features(model, batches)]
+    return torch.cat(found).numpy(), torch.cat([batch.targets for batch in batches]).numpy()

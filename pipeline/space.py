@@ -120,6 +120,11 @@ class Space:
         """The number of coordinates."""
         return self.elements
 
+    def only_in(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether nothing but ``parameters`` is searched."""
+        allowed = {id(parameter) for parameter in parameters}
+        return all(id(searched.parameter) in allowed for searched in self.tensors)
+
     @cached_property
     def small(self) -> list[Searched]:
         """The tensors of few elements."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import start
-from pipeline.evaluation import measure
+from pipeline.evaluation import features, measure
 from pipeline.models import merge_lora, save_lora
 from pipeline.stage import Context, fresh_folder, script, write_metrics
 from pipeline.tasks.classification import START_FILE
@@ -38,6 +38,7 @@ def _finetune(context: Context, folder: Path) -> dict[str, float]:
         f"{training.forward_passes:,} forward passes"
     )
     validation = begin.validation.by_length(config.finetune.batch_size)
+    kept = features(begin.model, validation) if space.only_in(begin.model.head_parameters()) else None
     with (
         start.PeakMemory(space.device) as memory,
         context.training_progress("finetune", training.forward_passes) as (on_step, on_measure),
@@ -47,7 +48,7 @@ def _finetune(context: Context, folder: Path) -> dict[str, float]:
             begin.model,
             space,
             begin.batch,
-            lambda: measure(begin.model, validation),
+            lambda: measure(begin.model, validation, kept),
             trajectory=folder / FILE,
             resume=context.resume,
             on_step=on_step,

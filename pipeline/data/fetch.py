@@ -8,7 +8,6 @@ exception, and a narrow one: ``pip download`` asks every source archive for its 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -81,9 +81,18 @@ def _move_into_place(unpacked: Path, folder: Path) -> None:
             raise
 
 
+def _installed(distribution: str) -> bool:
+    """Asked of the metadata: looking for the module pip turns setuptools' hook off for the whole process."""
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _download(archive: Archive, scratch: Path) -> Path:
     """``pip download`` into ``scratch``; pip checks the hash too, before it runs anything."""
-    if importlib.util.find_spec("pip") is None:
+    if not _installed("pip"):
         raise UserError(
             f"fetching {archive} needs pip, which {sys.executable} lacks; run '{sys.executable} -m ensurepip'"
         )
@@ -93,7 +102,7 @@ def _download(archive: Archive, scratch: Path) -> Path:
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--require-hashes", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["--no-binary" if archive.source else "--only-binary", ":all:"]
-    if archive.source and importlib.util.find_spec("setuptools"):
+    if archive.source and _installed("setuptools"):
         # The installed setuptools reads the metadata; without it pip fetches one first, which takes 5 s.
         command.append("--no-build-isolation")
     command += ["--requirement", str(requirements), "--dest", str(target)]

@@ -42,8 +42,7 @@ class Engine:
         self.forward_passes = 0
         space.fused = noise.worth_fusing(space.elements * budget)
         self.hooks = OnTheFly(model, space)
-        head = {id(parameter) for parameter in model.head_parameters()}
-        self._head_only = all(id(searched.parameter) in head for searched in space.tensors)
+        self._head_only = space.only_in(model.head_parameters())
         self._head = BatchedHead(model, space)
         self._kept: dict[int, Tensor] = {}
 
