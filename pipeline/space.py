@@ -310,28 +310,6 @@ class Projection(Space):
     def elementwise(self) -> bool:
         return False
 
-    def stacked(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
-        """Every searched tensor at each of ``candidates``, by name: ``[candidates, *shape]``."""
-        seeded = [candidate for candidate in candidates if isinstance(candidate, Seeded)]
-        if len(seeded) < len(candidates) or len({candidate.distribution for candidate in seeded}) > 1:
-            values = [self.at(candidate) for candidate in candidates]
-            return {s.name: torch.stack([value(s) for value in values]) for s in self.tensors}
-        place = {seed: i for i, seed in enumerate(dict.fromkeys(candidate.seed for candidate in seeded))}
-        laws = [self._law(candidate.seed, candidate.distribution) for candidate in seeded]
-        z = noise.directions(list(place), self.elements, laws[0][0], self.device)
-        scales = [candidate.scale * law[1] for candidate, law in zip(seeded, laws, strict=True)]
-        shifts = z[[place[candidate.seed] for candidate in seeded]] * torch.tensor(
-            scales, device=self.device
-        ).unsqueeze(1)
-        return {
-            s.name: torch.add(
-                s.parameter.detach(),
-                shifts[:, s.offset : s.offset + s.parameter.numel()].view(-1, *s.parameter.shape),
-                alpha=s.scale,
-            ).to(s.parameter.dtype)
-            for s in self.tensors
-        }
-
     def rows(self, searched: Searched, rows: Tensor, candidate: Seeded) -> Tensor | None:
         return None
 

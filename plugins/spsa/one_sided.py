@@ -18,7 +18,7 @@ class OneSided(SPSA):
     """
 
     centred = True
-    # found on the validation split, see docs/log.md
+    # first guesses by the units of the step, not tuned yet
     DEFAULTS: ClassVar = {
         "head": Settings(1e-1, 1e-2, 32),
         "biases": Settings(1e-2, 1e-3, 8),

@@ -11,7 +11,7 @@ from plugins.spsa.base import SPSA, Settings
 class TwoPoint(SPSA):
     """cᵢ = (L(θ + εzᵢ) − L(θ − εzᵢ)) / 2ε, the central difference; 2n forward passes a step."""
 
-    # found on the validation split, see docs/log.md
+    # head: found on the validation split, see docs/log.md; the others are first guesses
     DEFAULTS: ClassVar = {
         "head": Settings(1e-1, 2e-3, 16),
         "biases": Settings(1e-2, 1e-3, 4),
