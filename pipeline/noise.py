@@ -5,8 +5,9 @@ later, so a weight can be perturbed just before its layer runs and a whole run i
 
 Each 64-bit seed gives two 32-bit keys (splitmix64, Steele et al. 2014). Element counters pass through two
 rounds of a 32-bit mixer (``lowbias32``, Wellons 2018), one key before each, in int32 arithmetic that wraps
-alike on every device. Rademacher takes one bit an element, so its values have equal bits everywhere; Gaussian
-is Box–Muller in float32, whose last bit may differ between devices.
+alike on every device. Rademacher takes one bit an element. Gaussian takes 16 and looks its value up among
+65,536 quantiles of the normal law (so no value is beyond 4.2): no arithmetic in floating point that a device,
+a compiler or a vector unit could round in its own way. Both have the same bits everywhere.
 """
 
 from __future__ import annotations
@@ -14,67 +15,72 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-VERSION = 1  # of the function itself: a trajectory made with another cannot be replayed
+VERSION = 2  # of the function itself: a trajectory made with another cannot be replayed
 LAWS = ("rademacher", "gaussian")
 DISTRIBUTIONS = (*LAWS, "sphere")  # the last is Gaussian, scaled to length √d as a whole: see `radius`
 MAX_ELEMENTS = 2**32
 
 _CHUNK = 2**20
+_BLOCK = 32  # elements that a compiled kernel takes together: a word of signs, sixteen of normals
+_WORTH_A_CALL = 2**12
+_PER_WORD = {"rademacher": 32, "gaussian": 2}  # elements that a 32-bit word gives
 _SIGN_BIT = -(2**31)
 _ONE_AS_BITS = 0x3F800000
 
 
-def direction(seed: int, start: int, count: int, distribution: str, device: torch.device) -> Tensor:
+def direction(seed: int, start: int, count: int, law: str, device: torch.device) -> Tensor:
     """Elements ``start … start + count − 1`` of the direction of ``seed``: float32 ``[count]``.
 
-    Every element has mean 0 and variance 1. ``distribution`` is one of ``LAWS``.
+    Every element has mean 0 and variance 1. ``law`` is one of ``LAWS``.
     """
-    if distribution == "rademacher":
-        first, last = start >> 5, (start + count + 31) >> 5
-        words = _hash(torch.arange(first, last, device=device, dtype=torch.int64), seed)
-        return _signs(words).flatten()[start - (first << 5) :][:count]
-    assert distribution == "gaussian", distribution
-    first, last = start >> 1, (start + count + 1) >> 1
-    pairs = torch.arange(first, last, device=device, dtype=torch.int64)
-    radius, angle = _polar(_hash(pairs * 2, seed), _hash(pairs * 2 + 1, seed))
-    both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return both.flatten()[start - (first << 1) :][:count]
+    each = _PER_WORD[law]
+    first, last = start // each, -(-(start + count) // each)
+    words = _hash(torch.arange(first, last, device=device, dtype=torch.int64), seed)
+    return _values(words, law).flatten()[start - first * each :][:count]
 
 
 def directions(seeds: Sequence[int], count: int, law: str, device: torch.device) -> Tensor:
-    """The first ``count`` elements of many directions at once: float32 ``[seeds, count]``.
-
-    A Gaussian element may differ from `direction`'s in its last bit.
-    """
+    """The first ``count`` elements of many directions at once: float32 ``[seeds, count]``."""
     keys = torch.tensor([_keys(seed) for seed in seeds], dtype=torch.int32, device=device)
-    first, second = keys[:, :1], keys[:, 1:]
-    if law == "rademacher":
-        words = torch.arange((count + 31) >> 5, device=device, dtype=torch.int32)
-        return _signs(_keyed(words, first, second)).flatten(1)[:, :count]
-    assert law == "gaussian", law
-    doubled = 2 * torch.arange((count + 1) >> 1, device=device, dtype=torch.int32)
-    radius, angle = _polar(_keyed(doubled, first, second), _keyed(doubled + 1, first, second))
-    both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return both.flatten(1)[:, :count]
+    words = torch.arange(-(-count // _PER_WORD[law]), device=device, dtype=torch.int32)
+    return _values(_keyed(words, keys[:, :1], keys[:, 1:]), law).flatten(1)[:, :count]
 
 
 def add(
     values: Tensor, seed: int, start: int, law: str, scale: float, *, out: Tensor, fused: bool = False
 ) -> Tensor:
-    """``out`` ← ``values`` + ``scale`` · z; z's elements begin at ``start``. ``out`` may be ``values``.
+    """``out`` ← ``values`` + ``scale`` · z, all flat; z begins at ``start``. ``out`` may be ``values``.
 
-    ``fused`` asks for one compiled pass over memory where that is possible (``rademacher``, aligned to words,
-    a compiler): it costs little more than reading the values, and the bits are the same.
+    ``fused`` asks for one compiled pass over memory where there is a compiler: it costs little more than
+    reading the values, and the bits are the same.
     """
-    aligned = not (start | values.numel()) & 31
-    if fused and aligned and law == "rademacher" and _fused.add(values, seed, start >> 5, scale, out):
-        return out
-    z = direction(seed, start, values.numel(), law, values.device)
-    return out.copy_(torch.add(values, z.view(values.shape), alpha=scale))
+    count = values.numel()
+    if not fused or count < _WORTH_A_CALL:
+        return _add_eagerly(values, seed, start, law, scale, out)
+    # the compiled part begins and ends with a block
+    before, after = -start % _BLOCK, (start + count) % _BLOCK
+    whole = slice(before, count - after)
+    if not _fused.add(values[whole], seed, start + before, law, scale, out[whole]):
+        return _add_eagerly(values, seed, start, law, scale, out)
+    if before:
+        _add_eagerly(values[:before], seed, start, law, scale, out[:before])
+    if after:
+        _add_eagerly(values[-after:], seed, start + count - after, law, scale, out[-after:])
+    return out
+
+
+def _add_eagerly(values: Tensor, seed: int, start: int, law: str, scale: float, out: Tensor) -> Tensor:
+    for low in range(0, values.numel(), _CHUNK):
+        part = slice(low, min(low + _CHUNK, values.numel()))
+        z = direction(seed, start + low, part.stop - low, law, values.device)
+        # scaled first: a product that is added in one rounding would have other bits
+        out[part] = z.mul_(scale).add_(values[part])
+    return out
 
 
 def worth_fusing(elements: float) -> bool:
@@ -87,23 +93,19 @@ def worth_fusing(elements: float) -> bool:
 
 def rows(seed: int, start: int, rows: Tensor, columns: int, law: str) -> Tensor:
     """``rows`` (int64, any shape) of a matrix whose noise begins at ``start``: ``[*rows.shape, columns]``."""
-    if law == "rademacher" and not (start | columns) & 31:
-        words = torch.arange(columns >> 5, device=rows.device) + (start >> 5)
-        return _signs(_hash(rows[..., None] * (columns >> 5) + words, seed)).flatten(-2)
+    each = _PER_WORD[law]
+    if not start % each and not columns % each:
+        words = torch.arange(columns // each, device=rows.device) + start // each
+        return _values(_hash(rows[..., None] * (columns // each) + words, seed), law).flatten(-2)
     return direction_at(
         seed, start + rows[..., None] * columns + torch.arange(columns, device=rows.device), law
     )
 
 
-def direction_at(seed: int, indices: Tensor, distribution: str) -> Tensor:
+def direction_at(seed: int, indices: Tensor, law: str) -> Tensor:
     """The direction of ``seed`` at any ``indices`` (int64, any shape): float32 of that shape."""
-    if distribution == "rademacher":
-        words = _hash(indices >> 5, seed)
-        bits = words << (31 - (indices & 31)).to(torch.int32)
-        return bits.bitwise_and_(_SIGN_BIT).bitwise_or_(_ONE_AS_BITS).view(torch.float32)
-    even = indices & ~1
-    radius, angle = _polar(_hash(even, seed), _hash(even + 1, seed))
-    return radius * torch.where((indices & 1).bool(), torch.sin(angle), torch.cos(angle))
+    each = _PER_WORD[law]
+    return _values(_hash(indices // each, seed), law).gather(-1, (indices % each)[..., None]).squeeze(-1)
 
 
 def radius(seed: int, count: int, device: torch.device) -> float:
@@ -127,20 +129,29 @@ def derive(seed: int, *path: int) -> int:
     return seed >> 1
 
 
-def _polar(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Radius and angle of Box–Muller from two int32 words each."""
-    scale = 2.0**-24
-    uniform = (((first >> 8) & 0xFFFFFF).float() + 1.0) * scale  # (0, 1]: its logarithm is finite
-    radius = torch.sqrt(-2.0 * torch.log(uniform))
-    return radius, ((second >> 8) & 0xFFFFFF).float() * (2.0 * math.pi * scale)
+def _values(words: Tensor, law: str) -> Tensor:
+    """What int32 ``words`` hold, lowest bits first: float32 ``[*words.shape, 32 or 2]``."""
+    return _signs(words) if law == "rademacher" else _normals(words)
 
 
 def _signs(words: Tensor) -> Tensor:
-    """±1 for each bit of int32 ``words``, lowest first: float32 ``[*words.shape, 32]``."""
     # a bit becomes the sign bit of a float 1.0: no conversion from integers is needed
     shifts = torch.arange(31, -1, -1, device=words.device, dtype=torch.int32)
     bits = words[..., None] << shifts
     return bits.bitwise_and_(_SIGN_BIT).bitwise_or_(_ONE_AS_BITS).view(torch.float32)
+
+
+def _normals(words: Tensor) -> Tensor:
+    halves = words.contiguous().view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    return torch.index_select(_quantiles(words.device), 0, halves.flatten()).view(*words.shape, 2)
+
+
+@cache
+def _quantiles(device: torch.device) -> Tensor:
+    """65,536 equally likely values whose mean is 0 and variance 1: float32, ascending."""
+    upper = torch.special.ndtri(0.5 + (torch.arange(2**15, dtype=torch.float64) + 0.5) / 2**16)
+    upper /= upper.square().mean().sqrt()
+    return torch.cat((-upper.flip(0), upper)).float().to(device)
 
 
 def _hash(counters: Tensor, seed: int) -> Tensor:
@@ -175,28 +186,28 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-class _FusedKernel:
-    """The compiled kernels, made when first asked for; where they cannot be, it answers False for good."""
+class _FusedKernels:
+    """The compiled kernels, each made when first asked for; where they cannot be, False for good."""
 
     def __init__(self) -> None:
-        self._kernels: tuple[Callable[..., None], Callable[..., None]] | None = None
+        self._made: dict[str, Callable[..., None]] = {}
         self.broken = False
 
-    def add(self, values: Tensor, seed: int, first_word: int, scale: float, out: Tensor) -> bool:
+    def add(self, values: Tensor, seed: int, start: int, law: str, scale: float, out: Tensor) -> bool:
         if self.broken:
             return False
-        keys = torch.tensor([*_keys(seed), first_word], dtype=torch.int32).to(values.device)
-        arguments = (values.view(-1, 32), keys, torch.tensor(scale))
+        device = values.device
+        keys = torch.tensor([*_keys(seed), start // _PER_WORD[law]], dtype=torch.int32).to(device)
+        # what a word's bits stand for, scaled: a product in the kernel might be added in one rounding
+        scaled = _quantiles(device) * scale if law == "gaussian" else torch.tensor(scale, device=device)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the compiler, about its own modules
-                if self._kernels is None:
-                    self._kernels = torch.compile(_add, dynamic=True), torch.compile(_add_to, dynamic=True)
                 # torch 2.13 compiles wrongly where an input that is written has a second name
                 if out.data_ptr() == values.data_ptr():
-                    self._kernels[0](*arguments)
+                    self._kernel(f"{law} in place")(values.view(-1, _BLOCK), keys, scaled)
                 else:
-                    self._kernels[1](*arguments, out.view(-1, 32))
+                    self._kernel(law)(values.view(-1, _BLOCK), keys, scaled, out.view(-1, _BLOCK))
         except Exception as error:  # no compiler, or one that fails: the eager path has the same bits
             self.broken = True
             first = str(error).strip().partition("\n")[0]
@@ -204,18 +215,45 @@ class _FusedKernel:
             return False
         return True
 
-
-def _add(values: Tensor, keys: Tensor, scale: Tensor) -> None:
-    values.copy_(values + _noise_like(values, keys) * scale)
-
-
-def _add_to(values: Tensor, keys: Tensor, scale: Tensor, out: Tensor) -> None:
-    out.copy_(values + _noise_like(values, keys) * scale)
+    def _kernel(self, name: str) -> Callable[..., None]:
+        if name not in self._made:
+            self._made[name] = torch.compile(_KERNELS[name], dynamic=True)
+        return self._made[name]
 
 
-def _noise_like(values: Tensor, keys: Tensor) -> Tensor:
+def _add_signs(values: Tensor, keys: Tensor, scale: Tensor) -> None:
+    values.copy_(values + _sign_blocks(values, keys) * scale)
+
+
+def _add_signs_to(values: Tensor, keys: Tensor, scale: Tensor, out: Tensor) -> None:
+    out.copy_(values + _sign_blocks(values, keys) * scale)
+
+
+def _add_normals(values: Tensor, keys: Tensor, scaled: Tensor) -> None:
+    values.copy_(values + scaled[_half_word_blocks(values, keys)])
+
+
+def _add_normals_to(values: Tensor, keys: Tensor, scaled: Tensor, out: Tensor) -> None:
+    out.copy_(values + scaled[_half_word_blocks(values, keys)])
+
+
+def _sign_blocks(values: Tensor, keys: Tensor) -> Tensor:
     words = torch.arange(values.shape[0], device=values.device, dtype=torch.int32) + keys[2]
     return _signs(_keyed(words, keys[0], keys[1]))
 
 
-_fused = _FusedKernel()
+def _half_word_blocks(values: Tensor, keys: Tensor) -> Tensor:
+    blocks = torch.arange(values.shape[0], device=values.device, dtype=torch.int32)
+    within = torch.arange(16, device=values.device, dtype=torch.int32)
+    words = _keyed(blocks[:, None] * 16 + within + keys[2], keys[0], keys[1])
+    shifts = torch.arange(0, 32, 16, device=values.device, dtype=torch.int32)
+    return ((words[..., None] >> shifts) & 0xFFFF).flatten(1)
+
+
+_KERNELS: dict[str, Callable[..., None]] = {
+    "rademacher": _add_signs_to,
+    "rademacher in place": _add_signs,
+    "gaussian": _add_normals_to,
+    "gaussian in place": _add_normals,
+}
+_fused = _FusedKernels()

@@ -15,11 +15,11 @@ pace without shaking what is already trained under it (discriminative rates: How
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from pipeline.registry import Spec
 from pipeline.tasks.base import TaskModel
 
 _RADII_KEPT = 1024  # lengths of sphere directions: a step asks for each several times
+_GROUP = 2**21  # elements perturbed in one call
+_PIECE = 2**20  # elements of a sum of directions: what a cache holds
 
 OPTIONS: dict[str, dict[str, int | float]] = {
     "full": {"encoder_scale": 1.0},
@@ -83,15 +85,66 @@ def _option(space: str, key: str, value: Any, wanted: type) -> int | float:
     return int(value) if wanted is int else float(value)
 
 
-class ValueAt(Protocol):
-    """What a searched tensor is at a candidate: of its shape and dtype, in ``out`` if that is given."""
+@dataclass(frozen=True)
+class Segment:
+    """Searched tensors that follow each other and have one dtype and scale, in one piece of memory.
 
-    def __call__(self, searched: Searched, out: Tensor | None = None) -> Tensor: ...
+    ``flat`` holds their elements one after another; each parameter is a view of its part.
+    """
+
+    tensors: Sequence[Searched]
+    flat: Tensor
+
+    @property
+    def offset(self) -> int:
+        """The index of the first element among all searched ones."""
+        return self.tensors[0].offset
+
+    @property
+    def scale(self) -> float:
+        return self.tensors[0].scale
+
+    @classmethod
+    def of(cls, tensors: Sequence[Searched]) -> Segment:
+        """Moves the tensors into one piece of memory."""
+        first = tensors[0].parameter
+        count = sum(searched.parameter.numel() for searched in tensors)
+        flat = torch.empty(count, dtype=first.dtype, device=first.device)
+        segment = cls(tensors, flat)
+        for searched in tensors:
+            part = segment.part(searched)
+            part.copy_(searched.parameter.detach())
+            searched.parameter.data = part
+        return segment
+
+    def part(self, searched: Searched) -> Tensor:
+        """The elements of one of its tensors."""
+        start = searched.offset - self.offset
+        return self.flat[start : start + searched.parameter.numel()].view(searched.parameter.shape)
+
+    def moved(self) -> bool:
+        """Whether a parameter no longer lies here: its model was sent elsewhere, or its weights replaced."""
+        ends = (self.tensors[0], self.tensors[-1])
+        return any(self.part(searched).data_ptr() != searched.parameter.data_ptr() for searched in ends)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Elements that are perturbed in one go: whole tensors of a segment, from ``start`` (among all) on."""
+
+    segment: Segment
+    start: int
+    count: int
+
+    @property
+    def flat(self) -> Tensor:
+        return self.segment.flat[self.start - self.segment.offset :][: self.count]
 
 
 class Space:
     """The searched tensors of a model, and every way to read, perturb and move them.
 
+    Their memory becomes the space's (see `Segment`): build it when the model is on its device.
     ``fused`` asks for compiled noise: the same bits, sooner, after a compilation of some seconds.
     """
 
@@ -103,7 +156,7 @@ class Space:
             self.tensors.append(Searched(name, parameter, offset, scale))
             offset += parameter.numel()
         self.elements = offset
-        self._start: list[Tensor] | None = None
+        self._start: dict[int, Tensor] = {}
         self._radii: dict[int, float] = {}
         self.fused = False
         if not offset:
@@ -114,6 +167,21 @@ class Space:
             raise UserError(
                 f"the space '{kind}' has {offset:,} elements; at most {noise.MAX_ELEMENTS:,} are supported"
             )
+        alike = itertools.groupby(self.tensors, lambda s: (s.parameter.dtype, s.parameter.device, s.scale))
+        self.segments = [Segment.of(list(tensors)) for _, tensors in alike]
+        self.group_of = {s.name: group for group, members in self._grouped() for s in members}
+
+    def _grouped(self) -> Iterator[tuple[Group, list[Searched]]]:
+        """Tensors in groups of up to ``_GROUP`` elements: a call for each would cost more than its noise."""
+        for segment in self.segments:
+            members: list[Searched] = []
+            for searched in [*segment.tensors, None]:
+                count = sum(member.parameter.numel() for member in members)
+                if members and (searched is None or count + searched.parameter.numel() > _GROUP):
+                    yield Group(segment, members[0].offset, count), members
+                    members = []
+                if searched is not None:
+                    members.append(searched)
 
     @property
     def size(self) -> int:
@@ -125,17 +193,6 @@ class Space:
         allowed = {id(parameter) for parameter in parameters}
         return all(id(searched.parameter) in allowed for searched in self.tensors)
 
-    @cached_property
-    def small(self) -> list[Searched]:
-        """The tensors of few elements."""
-        return [searched for searched in self.tensors if searched.parameter.numel() <= _Shifted.SMALL]
-
-    @cached_property
-    def small_indices(self) -> Tensor:
-        """The indices of their elements among all, one tensor after another."""
-        parts = [torch.arange(s.offset, s.offset + s.parameter.numel()) for s in self.small]
-        return torch.cat(parts).to(self.device)
-
     @property
     def elementwise(self) -> bool:
         """Whether a coordinate is an element itself."""
@@ -145,18 +202,43 @@ class Space:
     def device(self) -> torch.device:
         return self.tensors[0].parameter.device
 
-    def at(self, candidate: Candidate) -> ValueAt:
-        """What searched tensors are at ``candidate``; nothing is written but the ``out`` that is given."""
+    def resolved(self, candidate: Candidate) -> Candidate:
+        """The candidate in the form in which its elements are had soonest."""
+        return candidate
+
+    def write(self, candidate: Candidate, group: Group, out: Tensor) -> None:
+        """``out`` (flat, of the group's count and dtype) ← the group's elements at ``candidate``.
+
+        Raises:
+            RuntimeError: the parameters were moved out of the space's memory.
+        """
+        if group.segment.moved():
+            raise RuntimeError("the model was moved, or its weights replaced, after its space was built")
         if isinstance(candidate, Explicit):
-            return lambda searched, out=None: self._displaced(searched, candidate.coordinates)
-        return _Shifted(self, candidate)
+            self._displace(group, candidate.coordinates, out)
+        else:
+            self._add(
+                group.flat,
+                candidate.seed,
+                group.start,
+                group.segment.scale * candidate.scale,
+                candidate.distribution,
+                out,
+            )
+
+    def value(self, searched: Searched, candidate: Candidate) -> Tensor:
+        """One searched tensor at ``candidate``, in memory of its own."""
+        whole = self.group_of[searched.name]
+        group = Group(whole.segment, searched.offset, searched.parameter.numel())
+        out = torch.empty_like(group.flat)
+        self.write(self.resolved(candidate), group, out)
+        return out.view(searched.parameter.shape)
 
     def stacked(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
         """Every searched tensor at each of ``candidates``, by name: ``[candidates, *shape]``."""
         seeded = [candidate for candidate in candidates if isinstance(candidate, Seeded)]
         if len(seeded) < len(candidates) or len({candidate.distribution for candidate in seeded}) > 1:
-            values = [self.at(candidate) for candidate in candidates]
-            return {s.name: torch.stack([value(s) for value in values]) for s in self.tensors}
+            return {s.name: torch.stack([self.value(s, each) for each in candidates]) for s in self.tensors}
         place = {seed: i for i, seed in enumerate(dict.fromkeys(candidate.seed for candidate in seeded))}
         laws = [self._law(candidate.seed, candidate.distribution) for candidate in seeded]
         z = noise.directions(list(place), self.elements, laws[0][0], self.device)
@@ -173,11 +255,8 @@ class Space:
             for s in self.tensors
         }
 
-    def rows(self, searched: Searched, rows: Tensor, candidate: Seeded) -> Tensor | None:
-        """What a seeded candidate adds to ``rows`` (int64) of a matrix: ``[*rows.shape, columns]``.
-
-        None where rows cannot be had on their own.
-        """
+    def rows(self, searched: Searched, rows: Tensor, candidate: Seeded) -> Tensor:
+        """What a seeded candidate adds to a matrix in ``rows`` (int64): float32 ``[*rows.shape, columns]``."""
         law, factor = self._law(candidate.seed, candidate.distribution)
         z = noise.rows(candidate.seed, searched.offset, rows, searched.parameter.shape[1], law)
         return z.mul_(candidate.scale * factor * searched.scale)
@@ -186,21 +265,24 @@ class Space:
         self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float
     ) -> None:
         """θ ← (1 − decay) θ + Σ coefficientᵢ z(seedᵢ), summed in float32 before it touches the weights."""
-        for searched in self.tensors:
-            weight = searched.parameter.data
-            if len(seeds) == 1 and not decay:  # nothing to sum
-                self._add(searched, weight, seeds[0], coefficients[0], distribution, weight)
-                continue
-            change = self._combined(searched, seeds, coefficients, distribution)
-            if decay and weight.dim() > 1:
-                change.add_(weight, alpha=-decay)
-            weight.add_(change.to(weight.dtype))
+        if len(seeds) == 1 and not decay:  # nothing to sum
+            for segment in self.segments:
+                scale = segment.scale * coefficients[0]
+                self._add(segment.flat, seeds[0], segment.offset, scale, distribution, segment.flat)
+            return
+        for part, decays in self._parts(decay > 0.0):
+            change = torch.zeros(part.count, device=self.device)
+            for seed, coefficient in zip(seeds, coefficients, strict=True):
+                self._add(change, seed, part.start, part.segment.scale * coefficient, distribution, change)
+            if decays:
+                change.add_(part.flat, alpha=-decay)
+            part.flat.add_(change.to(part.flat.dtype))
 
     def place(self, coordinates: Tensor) -> None:
         """θ ← start + coordinates (float32 ``[size]``)."""
-        values = [self._displaced(searched, coordinates) for searched in self.tensors]
-        for searched, value in zip(self.tensors, values, strict=True):
-            searched.parameter.data.copy_(value)
+        for segment in self.segments:
+            group = Group(segment, segment.offset, len(segment.flat))
+            self.write(Explicit(coordinates), group, segment.flat)
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the searched tensors."""
@@ -220,27 +302,26 @@ class Space:
             total.update(flat.view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
 
-    def _combined(
-        self, searched: Searched, seeds: Sequence[int], coefficients: Sequence[float], distribution: str
-    ) -> Tensor:
-        parameter = searched.parameter
-        change = torch.zeros(parameter.numel(), device=parameter.device)
-        for seed, coefficient in zip(seeds, coefficients, strict=True):
-            self._add(searched, change, seed, coefficient, distribution, change)
-        return change.view(parameter.shape)
+    def _parts(self, decaying: bool) -> Iterator[tuple[Group, bool]]:
+        """All elements in pieces that a cache holds, and whether decay draws at them: matrices only."""
+        for segment in self.segments:
+            pieces = [(segment.offset, len(segment.flat), False)]
+            if decaying:
+                pieces = [(s.offset, s.parameter.numel(), s.parameter.dim() > 1) for s in segment.tensors]
+            for start, count, decays in pieces:
+                for low in range(0, count, _PIECE):
+                    yield Group(segment, start + low, min(_PIECE, count - low)), decays
 
     def _add(
-        self, searched: Searched, values: Tensor, seed: int, scale: float, distribution: str, out: Tensor
+        self, values: Tensor, seed: int, start: int, scale: float, distribution: str, out: Tensor
     ) -> Tensor:
-        """``out`` ← ``values``, like ``searched``, plus its part of ``scale`` · z(seed)."""
+        """``out`` ← ``values`` plus ``scale`` · z(seed), whose elements begin at ``start``."""
         law, factor = self._law(seed, distribution)
-        scale *= factor * searched.scale
-        return noise.add(values, seed, searched.offset, law, scale, out=out, fused=self.fused)
+        return noise.add(values, seed, start, law, scale * factor, out=out, fused=self.fused)
 
-    def _displaced(self, searched: Searched, coordinates: Tensor) -> Tensor:
-        start = self._start_of(searched)
-        part = coordinates[searched.offset : searched.offset + start.numel()]
-        return torch.add(start, part.view(start.shape), alpha=searched.scale).to(start.dtype)
+    def _displace(self, group: Group, coordinates: Tensor, out: Tensor) -> None:
+        part = coordinates[group.start : group.start + group.count]
+        out.copy_(torch.add(self._start_of(group), part, alpha=group.segment.scale))
 
     def _law(self, seed: int, distribution: str) -> tuple[str, float]:
         """The law of the elements of a direction, and what scales it as a whole."""
@@ -252,41 +333,12 @@ class Space:
             self._radii[seed] = noise.radius(seed, self.size, self.device)
         return "gaussian", math.sqrt(self.size) / self._radii[seed]
 
-    def _start_of(self, searched: Searched) -> Tensor:
-        """The tensor as it was when coordinates were first used: what they displace."""
-        if self._start is None:
-            self._start = self.snapshot()
-        return self._start[self.tensors.index(searched)]
-
-
-class _Shifted:
-    """The tensors of a space at a seeded candidate.
-
-    Those of few elements, of which a model has many, get their noise all at once: each on its own would cost
-    more in calls than in arithmetic.
-    """
-
-    SMALL = 2**14
-
-    def __init__(self, space: Space, candidate: Seeded) -> None:
-        self._space = space
-        self._candidate = candidate
-        self._small: dict[str, Tensor] = {}
-        if candidate.distribution == "rademacher" and space.small:
-            z = noise.direction_at(candidate.seed, space.small_indices, "rademacher")
-            parts = torch.split(z, [searched.parameter.numel() for searched in space.small])
-            self._small = {s.name: part for s, part in zip(space.small, parts, strict=True)}
-
-    def __call__(self, searched: Searched, out: Tensor | None = None) -> Tensor:
-        weight, candidate = searched.parameter.detach(), self._candidate
-        z = self._small.get(searched.name)
-        if z is not None:
-            shift = candidate.scale * searched.scale
-            return torch.add(weight, z.view(weight.shape), alpha=shift).to(weight.dtype)
-        out = torch.empty_like(weight) if out is None else out
-        return self._space._add(
-            searched, weight, candidate.seed, candidate.scale, candidate.distribution, out
-        )
+    def _start_of(self, group: Group) -> Tensor:
+        """The elements as they were when coordinates were first used: what they displace."""
+        if not self._start:
+            self._start = {segment.offset: segment.flat.clone() for segment in self.segments}
+        within = group.start - group.segment.offset
+        return self._start[group.segment.offset][within : within + group.count]
 
 
 class Projection(Space):
@@ -310,9 +362,6 @@ class Projection(Space):
     def elementwise(self) -> bool:
         return False
 
-    def rows(self, searched: Searched, rows: Tensor, candidate: Seeded) -> Tensor | None:
-        return None
-
     def move(
         self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float
     ) -> None:
@@ -328,21 +377,20 @@ class Projection(Space):
         super().place(coordinates)
         self._point = coordinates.clone()
 
-    def at(self, candidate: Candidate) -> ValueAt:
+    def resolved(self, candidate: Candidate) -> Candidate:
         if isinstance(candidate, Explicit):
-            return super().at(candidate)
+            return candidate
         law, factor = self._law(candidate.seed, candidate.distribution)
         z = noise.direction(candidate.seed, 0, self.dimension, law, self._point.device)
-        return self.at(Explicit(torch.add(self._point, z, alpha=candidate.scale * factor)))
+        return Explicit(torch.add(self._point, z, alpha=candidate.scale * factor))
 
-    def _displaced(self, searched: Searched, coordinates: Tensor) -> Tensor:
-        start = self._start_of(searched)
-        counters = torch.arange(searched.offset, searched.offset + start.numel(), device=start.device)
+    def _displace(self, group: Group, coordinates: Tensor, out: Tensor) -> None:
+        counters = torch.arange(group.start, group.start + group.count, device=out.device)
         words = noise.words_at(self._seed, counters).long() & 0xFFFFFFFF
         signs = 1.0 - 2.0 * (words & 1)
         scale = (self.dimension / self.elements) ** 0.5
-        delta: Tensor = coordinates[(words >> 1) % self.dimension] * (signs * scale)
-        return (start + delta.view(start.shape)).to(start.dtype)
+        delta = coordinates[(words >> 1) % self.dimension] * (signs * scale)
+        out.copy_(self._start_of(group) + delta)
 
 
 def build(spec: Spec, model: TaskModel, seed: int) -> Space:

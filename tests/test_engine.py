@@ -53,7 +53,7 @@ def reference(model: TaskModel, space: spaces.Space, candidate: Candidate, batch
     parameters = dict(written.named_parameters())
     with torch.no_grad():
         for tensor in space.tensors:
-            parameters[tensor.name].copy_(space.at(candidate)(tensor))
+            parameters[tensor.name].copy_(space.value(tensor, candidate))
         if isinstance(written, LanguageModel):
             logits = written.model(**batch.inputs).logits.flatten(0, 1)[batch.positions]
         else:
@@ -89,12 +89,12 @@ def test_on_the_fly_equals_written_weights(family: str, text: str, bert: Path, g
     assert len({round(loss, 6) for loss in losses}) == 3
 
 
-@pytest.mark.parametrize("small", [0, 2**14])
+@pytest.mark.parametrize("group", [0, 2**12, 2**21])
 @pytest.mark.parametrize("fused", [False, True])
 def test_every_way_to_perturb_gives_the_same_losses(
-    small: int, fused: bool, bert: Path, monkeypatch: pytest.MonkeyPatch
+    group: int, fused: bool, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spaces._Shifted, "SMALL", small)
+    monkeypatch.setattr(spaces, "_GROUP", group)
     model, batch = language_model(bert, "mlm")
     space = searched("full,encoder_scale=0.5", model)
     engine = Engine(model, space, 100, run_seed=0)

@@ -60,14 +60,14 @@ def test_a_seeded_value_is_the_weight_plus_scaled_noise(bert: Path) -> None:
         weight = searched_tensor.parameter.detach()
         z = direction(9, searched_tensor.offset, weight.numel(), "rademacher", CPU).view(weight.shape)
         scale = 1.0 if searched_tensor.name.startswith("classifier") else 0.5
-        torch.testing.assert_close(space.at(Seeded(9, 0.1))(searched_tensor), weight + 0.1 * scale * z)
+        torch.testing.assert_close(space.value(searched_tensor, Seeded(9, 0.1)), weight + 0.1 * scale * z)
 
 
 def test_tensors_of_one_shape_get_independent_noise(bert: Path) -> None:
     model, _ = classifier(bert)
     space = searched("full", model)
     alike = [t for t in space.tensors if t.name.endswith("query.weight")]
-    first, second = (space.at(Seeded(1, 1.0))(t) - t.parameter.detach() for t in alike)
+    first, second = (space.value(t, Seeded(1, 1.0)) - t.parameter.detach() for t in alike)
     assert abs(float((first * second).mean())) < 5 / first.numel() ** 0.5
 
 
@@ -104,7 +104,7 @@ def test_the_projection_has_orthogonal_columns_and_keeps_lengths(bert: Path) -> 
     start = torch.cat([t.parameter.detach().flatten() for t in space.tensors])
 
     def displaced(coordinates: torch.Tensor) -> torch.Tensor:
-        values = [space.at(Explicit(coordinates))(t) for t in space.tensors]
+        values = [space.value(t, Explicit(coordinates)) for t in space.tensors]
         return torch.cat([value.flatten() for value in values]).double() - start.double()
 
     columns = torch.stack([displaced(10.0 * row) / 10.0 for row in torch.eye(40)])

@@ -13,7 +13,7 @@ from pipeline import noise
 from pipeline.engine.batched import BatchedHead
 from pipeline.engine.onthefly import OnTheFly
 from pipeline.errors import UserError
-from pipeline.objective import cross_entropy
+from pipeline.objective import cross_entropies_, cross_entropy
 from pipeline.optimizer import BudgetSpent, Candidate
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
@@ -81,7 +81,7 @@ class Engine:
     def _loss(self, batch: Batch, features: Tensor | None, candidate: Candidate) -> Tensor:
         with self.hooks.at(candidate):
             logits = self.model(batch) if features is None else self.model.outputs(features)
-        return cross_entropy(logits, batch.targets)
+        return cross_entropies_(logits, batch.targets).mean()
 
     def gradient(self, batch: Batch, step: int) -> tuple[float, list[Tensor]]:
         """The loss and its gradient, with dropout as in training; counts as three forward passes."""
