@@ -15,6 +15,7 @@ from benchmarks.harness import Row, interleaved, main, ratios
 from benchmarks.published import PublishedMeZO
 from pipeline import space as spaces
 from pipeline.engine.evaluator import Engine
+from pipeline.engine.onthefly import OnePoint, Scratch
 from pipeline.optimizer import Problem, Seeded
 from pipeline.start import PeakMemory
 from pipeline.tasks.base import Batch
@@ -159,7 +160,7 @@ def prefix_speedup(device: torch.device) -> Row:
 
     @torch.inference_mode()
     def uncached() -> None:
-        with engine.hooks.at(candidates[0]):
+        with engine._scorer._modules.at(OnePoint(engine.space, candidates[0], Scratch())):
             model(kept)
 
     seconds = interleaved({"kept": lambda: engine.losses(kept, candidates), "uncached": uncached}, 15, device)

@@ -17,15 +17,29 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """Directions that are, on every matrix, U Vᵀ / √rank; other tensors take them as they are.
+
+    U's elements are those of the direction's seed. V's are those of ``right_seed``, which many directions may
+    share; without one each direction has a V of its own.
+    """
+
+    rank: int
+    right_seed: int | None = None
+
+
+@dataclass(frozen=True)
 class Seeded:
     """The current point plus ``scale`` times the direction of ``seed``: θ + scale · z(seed).
 
-    ``distribution`` names the law of z: ``rademacher``, ``gaussian`` or ``sphere`` (see `pipeline.noise`).
+    ``distribution`` names the law of z: ``rademacher``, ``gaussian`` or ``sphere`` (see `pipeline.noise`);
+    with ``low_rank`` (not ``sphere``) it is that of the factors' elements.
     """
 
     seed: int
     scale: float
     distribution: str = "rademacher"
+    low_rank: LowRank | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,12 @@ class Evaluator(Protocol):
         ...
 
     def move(
-        self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float
+        self,
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        distribution: str,
+        decay: float = 0.0,
+        low_rank: LowRank | None = None,
     ) -> None:
         """θ ← (1 − decay) θ + Σ coefficientᵢ · z(seedᵢ); the decay spares biases and norms."""
         ...

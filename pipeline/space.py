@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from pipeline import noise
 from pipeline.errors import UserError, nearest, unknown
-from pipeline.optimizer import Candidate, Explicit, Seeded
+from pipeline.factors import Factors, Layout
+from pipeline.optimizer import Candidate, Explicit, LowRank, Seeded
 from pipeline.registry import Spec
 from pipeline.tasks.base import TaskModel
 
 _RADII_KEPT = 1024  # lengths of sphere directions: a step asks for each several times
+_STACKED = 2**20  # elements of a space whose candidates may be stacked
 _GROUP = 2**21  # elements perturbed in one call
 _PIECE = 2**20  # elements of a sum of directions: what a cache holds
 
@@ -158,6 +160,7 @@ class Space:
         self.elements = offset
         self._start: dict[int, Tensor] = {}
         self._radii: dict[int, float] = {}
+        self._layouts: dict[int, Layout] = {}
         self.fused = False
         if not offset:
             raise UserError(
@@ -187,6 +190,11 @@ class Space:
     def size(self) -> int:
         """The number of coordinates."""
         return self.elements
+
+    @property
+    def stackable(self) -> bool:
+        """Whether all candidates of a step can be held at once."""
+        return self.elements <= _STACKED
 
     def only_in(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether nothing but ``parameters`` is searched."""
@@ -228,6 +236,13 @@ class Space:
 
     def value(self, searched: Searched, candidate: Candidate) -> Tensor:
         """One searched tensor at ``candidate``, in memory of its own."""
+        if isinstance(candidate, Seeded) and candidate.low_rank:
+            factors = self.factors([candidate.seed], candidate.distribution, candidate.low_rank)
+            z = factors.left(searched.name)[0]
+            if searched.parameter.dim() == 2:
+                z = z @ factors.right(searched.name)[0].T
+            weight = searched.parameter.detach()
+            return torch.add(weight, z, alpha=candidate.scale * searched.scale).to(weight.dtype)
         whole = self.group_of[searched.name]
         group = Group(whole.segment, searched.offset, searched.parameter.numel())
         out = torch.empty_like(group.flat)
@@ -237,7 +252,7 @@ class Space:
     def stacked(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
         """Every searched tensor at each of ``candidates``, by name: ``[candidates, *shape]``."""
         seeded = [candidate for candidate in candidates if isinstance(candidate, Seeded)]
-        if len(seeded) < len(candidates) or len({candidate.distribution for candidate in seeded}) > 1:
+        if len(seeded) < len(candidates) or len({(c.distribution, c.low_rank) for c in seeded}) > 1:
             return {s.name: torch.stack([self.value(s, each) for each in candidates]) for s in self.tensors}
         place = {seed: i for i, seed in enumerate(dict.fromkeys(candidate.seed for candidate in seeded))}
         laws = [self._law(candidate.seed, candidate.distribution) for candidate in seeded]
@@ -255,16 +270,37 @@ class Space:
             for s in self.tensors
         }
 
+    def factors(self, seeds: Sequence[int], distribution: str, low_rank: LowRank) -> Factors:
+        """The factors of low-rank directions.
+
+        Raises:
+            UserError: a space or a distribution that has none.
+        """
+        if distribution not in noise.LAWS:
+            raise UserError(f"low-rank directions are {' or '.join(noise.LAWS)}, not {distribution}")
+        if low_rank.rank not in self._layouts:
+            shapes = {searched.name: searched.parameter.shape for searched in self.tensors}
+            self._layouts[low_rank.rank] = Layout(shapes, low_rank.rank)
+        return Factors(self._layouts[low_rank.rank], seeds, distribution, low_rank, self.device)
+
     def rows(self, searched: Searched, rows: Tensor, candidate: Seeded) -> Tensor:
-        """What a seeded candidate adds to a matrix in ``rows`` (int64): float32 ``[*rows.shape, columns]``."""
+        """What a seeded candidate adds to ``rows`` (int64) of a matrix: float32 [*rows.shape, columns]."""
         law, factor = self._law(candidate.seed, candidate.distribution)
         z = noise.rows(candidate.seed, searched.offset, rows, searched.parameter.shape[1], law)
         return z.mul_(candidate.scale * factor * searched.scale)
 
     def move(
-        self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float
+        self,
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        distribution: str,
+        decay: float = 0.0,
+        low_rank: LowRank | None = None,
     ) -> None:
         """θ ← (1 − decay) θ + Σ coefficientᵢ z(seedᵢ), summed in float32 before it touches the weights."""
+        if low_rank:
+            self._move_factors(self.factors(seeds, distribution, low_rank), coefficients, decay)
+            return
         if len(seeds) == 1 and not decay:  # nothing to sum
             for segment in self.segments:
                 scale = segment.scale * coefficients[0]
@@ -277,6 +313,24 @@ class Space:
             if decays:
                 change.add_(part.flat, alpha=-decay)
             part.flat.add_(change.to(part.flat.dtype))
+
+    def _move_factors(self, factors: Factors, coefficients: Sequence[float], decay: float) -> None:
+        """The sum is formed in the factors where they share V, and meets the weights once."""
+        by = torch.tensor(coefficients, device=self.device)
+        for searched in self.tensors:
+            weight = searched.parameter.data
+            left = torch.tensordot(by, factors.left(searched.name), 1)
+            if weight.dim() != 2:
+                weight.add_((left * searched.scale).to(weight.dtype))
+                continue
+            right = factors.right(searched.name)
+            if len(right) < len(by):
+                change = left @ right[0].T
+            else:
+                weighted = factors.left(searched.name) * by[:, None, None]
+                change = weighted.transpose(0, 1).flatten(1) @ right.transpose(0, 1).flatten(1).T
+            change.mul_(searched.scale).add_(weight, alpha=-decay)
+            weight.add_(change.to(weight.dtype))
 
     def place(self, coordinates: Tensor) -> None:
         """θ ← start + coordinates (float32 ``[size]``)."""
@@ -362,10 +416,20 @@ class Projection(Space):
     def elementwise(self) -> bool:
         return False
 
+    def factors(self, seeds: Sequence[int], distribution: str, low_rank: LowRank) -> Factors:
+        raise UserError("the space 'projection' has no matrices for low-rank directions; choose full or lora")
+
     def move(
-        self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float
+        self,
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        distribution: str,
+        decay: float = 0.0,
+        low_rank: LowRank | None = None,
     ) -> None:
         """As in `Space`, in coordinates; the decay draws them to the start point."""
+        if low_rank:
+            self.factors(seeds, distribution, low_rank)
         point = self._point * (1.0 - decay)
         for seed, coefficient in zip(seeds, coefficients, strict=True):
             law, factor = self._law(seed, distribution)

@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline import noise
 from pipeline.engine.evaluator import StepRecord
 from pipeline.errors import UserError
-from pipeline.optimizer import BudgetSpent, Candidate, Optimizer, Problem, StepReport
+from pipeline.optimizer import BudgetSpent, Candidate, LowRank, Optimizer, Problem, StepReport
 from pipeline.registry import Spec, create
 from pipeline.space import Space
 
@@ -205,7 +205,8 @@ def redo(step: dict[str, Any], space: Space, optimizer: Optimizer | None) -> Non
     """
     if "moves" in step:
         for move in step["moves"]:
-            space.move(**move)
+            low_rank = LowRank(**move["low_rank"]) if "low_rank" in move else None
+            space.move(**{**move, "low_rank": low_rank})
         if optimizer is not None:
             optimizer.load_state_dict(step["state"])
     elif optimizer is not None:
@@ -231,9 +232,14 @@ class _Retold:
         return recorded
 
     def move(
-        self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float = 0.0
+        self,
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        distribution: str,
+        decay: float = 0.0,
+        low_rank: LowRank | None = None,
     ) -> None:
-        self._space.move(seeds, coefficients, distribution, decay)
+        self._space.move(seeds, coefficients, distribution, decay, low_rank)
 
     def place(self, coordinates: Tensor) -> None:
         self._space.place(coordinates)

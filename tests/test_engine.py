@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from pipeline import space as spaces
-from pipeline.engine import batched
+from pipeline.engine import scorer
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
 from pipeline.models import load_encoder, load_language_model, load_tokenizer
 from pipeline.noise import direction
 from pipeline.objective import cross_entropy
-from pipeline.optimizer import BudgetSpent, Candidate, Explicit, Seeded
+from pipeline.optimizer import BudgetSpent, Candidate, Explicit, LowRank, Seeded
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.batching import pad, shuffled
 from pipeline.tasks.classification import TextClassifier
@@ -41,6 +43,34 @@ def classifier(folder: Path) -> tuple[TextClassifier, Batch]:
     return model, batch
 
 
+class Translator(TaskModel):
+    """A T5 whose decoder is read at every position."""
+
+    def __init__(self, model: T5ForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+        self.encoder = model
+
+    def features(self, batch: Batch) -> torch.Tensor:
+        states: torch.Tensor = self.model(**batch.inputs, output_hidden_states=True).decoder_hidden_states[-1]
+        return states.flatten(0, 1)
+
+    def outputs(self, features: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.lm_head(features)
+        return logits
+
+
+def translator() -> tuple[Translator, Batch]:
+    config = T5Config(
+        vocab_size=30, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Translator(T5ForConditionalGeneration(config))
+        ids, answer = torch.randint(1, 30, (4, 6)), torch.randint(1, 30, (4, 5))
+    return model.eval(), Batch({"input_ids": ids, "decoder_input_ids": answer}, answer.flatten())
+
+
 def searched(text: str, model: TaskModel) -> spaces.Space:
     spec = spaces.parse(text)
     spaces.prepare_model(spec, model, seed=3)
@@ -63,30 +93,90 @@ def reference(model: TaskModel, space: spaces.Space, candidate: Candidate, batch
 
 # GPT-2's head is its embedding: it has no parameters of its own to search
 CASES = [(f, s) for f in ("bert", "gpt2", "classifier") for s in SPACES if (f, s) != ("gpt2", "head")]
+CASES += [(f, s) for f in ("llama", "t5") for s in ("full", "projection,dimension=50")]
+
+
+@pytest.fixture
+def task_model(request: pytest.FixtureRequest) -> Callable[[str], tuple[TaskModel, Batch]]:
+    """A model of a family, and a batch for it."""
+
+    def make(family: str) -> tuple[TaskModel, Batch]:
+        if family == "classifier":
+            return classifier(request.getfixturevalue("bert"))
+        if family == "t5":
+            return translator()
+        if family in ("bert", "gpt2"):
+            return language_model(request.getfixturevalue(family), "mlm" if family == "bert" else "clm")
+        return language_model(request.getfixturevalue("decoders")[family], "clm")
+
+    return make
+
+
+TaskModelOf = Callable[[str], tuple[TaskModel, Batch]]
 
 
 @pytest.mark.parametrize(("family", "text"), CASES)
-def test_on_the_fly_equals_written_weights(family: str, text: str, bert: Path, gpt2: Path) -> None:
-    model: TaskModel
-    if family == "classifier":
-        model, batch = classifier(bert)
-    else:
-        model, batch = language_model(*((bert, "mlm") if family == "bert" else (gpt2, "clm")))
+def test_every_candidate_scores_as_its_weights_do_when_written(
+    family: str, text: str, task_model: TaskModelOf
+) -> None:
+    model, batch = task_model(family)
     space = searched(text, model)
     engine = Engine(model.eval(), space, 100, run_seed=0)
     generator = torch.Generator().manual_seed(0)
     candidates: list[Candidate] = [
         Seeded(4, 0.05),
+        Seeded(4, -0.05),
         Seeded(4, -0.05, "gaussian"),
         Explicit(0.05 * torch.randn(space.size, generator=generator)),
     ]
+    if not text.startswith("projection"):
+        candidates += [Seeded(s, 0.05, "gaussian", LowRank(2)) for s in (4, 5, 6)]
+        candidates += [Seeded(s, 0.05, "rademacher", LowRank(3, right_seed=1)) for s in (4, 5)]
     before = space.digest()
     losses = engine.losses(batch, candidates)
     assert space.digest() == before
     engine.close()
     expected = [reference(model, space, candidate, batch) for candidate in candidates]
     assert losses == pytest.approx(expected, rel=2e-5)
-    assert len({round(loss, 6) for loss in losses}) == 3
+    # where there are no matrices, a low-rank direction is a direction like others
+    assert len({round(loss, 6) for loss in losses}) >= len(candidates) - (text == "biases")
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "classifier"])
+@pytest.mark.parametrize("text", ["full", "lora,rank=2", "biases"])
+def test_candidates_share_forward_passes_where_they_can(
+    family: str, text: str, task_model: TaskModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(scorer._TOKENS, "cpu", 2**20)
+    model, batch = task_model(family)
+    if (family, text) == ("llama", "biases"):
+        pytest.xfail("Llama has no biases")
+    space = searched(text, model)
+    engine = Engine(model, space, 1000, run_seed=0)
+    candidates = [Seeded(s, 0.05, "gaussian", LowRank(1)) for s in range(7)]
+    expected = [engine.losses(batch, [candidate])[0] for candidate in candidates]
+    engine.losses(batch, candidates)
+    assert engine._scorer._batches
+    forwards: list[int] = []
+    handle = model.encoder.register_forward_pre_hook(lambda *_: forwards.append(1))
+    assert engine.losses(batch, candidates) == pytest.approx(expected, rel=2e-5)
+    handle.remove()
+    assert len(forwards) == 1
+
+
+def test_a_model_that_mixes_lanes_is_scored_one_by_one(bert: Path) -> None:
+    class Mixing(TextClassifier):
+        def features(self, batch: Batch) -> torch.Tensor:
+            return super().features(batch).flip(0)
+
+    plain, batch = classifier(bert)
+    model = Mixing(plain.encoder, 32, ["down", "up"], pooled_layers=2).eval()
+    space = searched("lora,rank=2", model)
+    engine = Engine(model, space, 1000, run_seed=0)
+    candidates = [Seeded(s, 0.5) for s in range(4)]
+    together = engine.losses(batch, candidates)
+    assert engine._scorer._batches is False
+    assert together == [engine.losses(batch, [candidate])[0] for candidate in candidates]
 
 
 @pytest.mark.parametrize("group", [0, 2**12, 2**21])
@@ -201,7 +291,7 @@ def test_candidates_of_the_head_are_scored_in_one_forward_as_one_by_one(
         expected = [reference(model, space, candidate, batch) for candidate in candidates]
         assert engine.losses(batch, candidates) == pytest.approx(expected, rel=2e-5)
     whole = engine.losses(batch, pairs)
-    monkeypatch.setattr(batched, "_ELEMENTS", 1)
+    monkeypatch.setattr(scorer, "_STACKED", 1)
     assert engine.losses(batch, pairs) == pytest.approx(whole, rel=1e-6)
 
 

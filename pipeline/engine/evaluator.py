@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline import noise
-from pipeline.engine.batched import BatchedHead
-from pipeline.engine.onthefly import OnTheFly
+from pipeline.engine.scorer import Scorer
 from pipeline.errors import UserError
-from pipeline.objective import cross_entropies_, cross_entropy
-from pipeline.optimizer import BudgetSpent, Candidate
+from pipeline.objective import cross_entropy
+from pipeline.optimizer import BudgetSpent, Candidate, LowRank
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
 
@@ -41,9 +40,8 @@ class Engine:
         self.run_seed = run_seed
         self.forward_passes = 0
         space.fused = noise.worth_fusing(space.elements * budget)
-        self.hooks = OnTheFly(model, space)
         self._head_only = space.only_in(model.head_parameters())
-        self._head = BatchedHead(model, space)
+        self._scorer = Scorer(model, space)
         self._kept: dict[int, Tensor] = {}
 
     def bind(self, batch: Batch, step: int) -> BatchEvaluator:
@@ -52,7 +50,7 @@ class Engine:
 
     def close(self) -> None:
         """Leaves the model as it was found, at its current weights."""
-        self.hooks.close()
+        self._scorer.close()
 
     def spend(self, passes: int) -> None:
         """Counts forward passes before they are made.
@@ -66,22 +64,10 @@ class Engine:
 
     @torch.inference_mode()
     def losses(self, batch: Batch, candidates: Sequence[Candidate]) -> list[float]:
-        """The objective at each candidate. A search of the head alone computes the features once.
-
-        Where the head can, all candidates are scored in one batched forward.
-        """
+        """The objective at each candidate. A search of the head alone computes the features once."""
         self.spend(len(candidates))
         features = self._features(batch) if self._head_only else None
-        if features is not None and self.model.outputs_batch:
-            losses = self._head.losses(features, batch.targets, candidates)
-        else:
-            losses = torch.stack([self._loss(batch, features, candidate) for candidate in candidates])
-        return [float(loss) for loss in losses.cpu()]
-
-    def _loss(self, batch: Batch, features: Tensor | None, candidate: Candidate) -> Tensor:
-        with self.hooks.at(candidate):
-            logits = self.model(batch) if features is None else self.model.outputs(features)
-        return cross_entropies_(logits, batch.targets).mean()
+        return self._scorer.losses(batch, features, candidates).tolist()
 
     def gradient(self, batch: Batch, step: int) -> tuple[float, list[Tensor]]:
         """The loss and its gradient, with dropout as in training; counts as three forward passes."""
@@ -127,17 +113,20 @@ class BatchEvaluator:
         return losses
 
     def move(
-        self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float = 0.0
+        self,
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        distribution: str,
+        decay: float = 0.0,
+        low_rank: LowRank | None = None,
     ) -> None:
-        self._engine.space.move(seeds, coefficients, distribution, decay)
-        self.record.moves.append(
-            {
-                "seeds": list(seeds),
-                "coefficients": list(coefficients),
-                "distribution": distribution,
-                "decay": decay,
-            }
-        )
+        self._engine.space.move(seeds, coefficients, distribution, decay, low_rank)
+        move = {"seeds": list(seeds), "coefficients": list(coefficients), "distribution": distribution}
+        if decay:
+            move["decay"] = decay
+        if low_rank:
+            move["low_rank"] = asdict(low_rank)
+        self.record.moves.append(move)
 
     def place(self, coordinates: Tensor) -> None:
         self.record.only_moved = False

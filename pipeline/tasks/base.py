@@ -43,8 +43,6 @@ class TaskModel(nn.Module):
     """
 
     encoder: nn.Module
-    outputs_batch: bool = False
-    """Whether ``outputs`` is plain enough for `torch.vmap` over its parameters."""
 
     def features(self, batch: Batch) -> Tensor:
         """Hidden states below the head: ``[outputs, hidden]``."""

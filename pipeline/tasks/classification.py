@@ -38,8 +38,6 @@ class TextClassifier(TaskModel):
     the encoder was trained for, and the ones below often know more of another task (Peters et al. 2018).
     """
 
-    outputs_batch = True
-
     def __init__(self, encoder: nn.Module, hidden: int, labels: Sequence[str], pooled_layers: int) -> None:
         super().__init__()
         self.encoder = encoder

@@ -50,7 +50,7 @@ class LanguageModel(TaskModel):
             ).logits
         finally:
             setattr(self.model, prefix, base)
-        return logits[0]
+        return logits[:, 0]
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A ``save_pretrained`` directory."""
@@ -59,7 +59,7 @@ class LanguageModel(TaskModel):
 
 
 class _Given(nn.Module):
-    """Stands in for a base model and answers with hidden states computed before."""
+    """Stands in for a base model and answers with hidden states computed before, as texts of one token."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class _Given(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self._features[None])
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self._features[:, None])
 
 
 class CorpusData:
