@@ -5,19 +5,23 @@ Fresh BERTs of MiniLM's and BERT-base's shape: weights do not change what arithm
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
 from functools import cache, partial
 from typing import Any
 
+import psutil
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from benchmarks.harness import Row, interleaved, main, ratios
 from benchmarks.published import PublishedMeZO
+from pipeline import noise
 from pipeline import space as spaces
 from pipeline.engine.evaluator import Engine
-from pipeline.engine.onthefly import OnePoint, Scratch
 from pipeline.optimizer import Problem, Seeded
-from pipeline.start import PeakMemory
 from pipeline.tasks.base import Batch
 from pipeline.tasks.classification import TextClassifier
 from pipeline.tasks.language_modelling import LanguageModel
@@ -44,10 +48,12 @@ def bert(shape: str) -> BertForMaskedLM:
     return BertForMaskedLM(BertConfig(num_attention_heads=12, **SHAPES[shape])).eval()
 
 
-def masked_batch(device: torch.device) -> tuple[Batch, dict[str, torch.Tensor], torch.Tensor]:
-    """16 × 64 random tokens, 15% of them targets: as our batch, and as inputs and labels."""
+def masked_batch(
+    device: torch.device, examples: int = BATCH, tokens: int = TOKENS
+) -> tuple[Batch, dict[str, torch.Tensor], torch.Tensor]:
+    """Random tokens, 15% of them targets: as our batch, and as inputs and labels."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 30000, (BATCH, TOKENS), generator=generator)
+    ids = torch.randint(1000, 30000, (examples, tokens), generator=generator)
     chosen = torch.rand(ids.shape, generator=generator) < MASKED
     inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
     labels = torch.where(chosen, ids, -100).to(device)
@@ -58,12 +64,12 @@ def masked_batch(device: torch.device) -> tuple[Batch, dict[str, torch.Tensor], 
 class Ours:
     """SPSA over every parameter, two forward passes a step."""
 
-    def __init__(self, shape: str, device: torch.device, space: str = "full", rate: float = 1e-6) -> None:
-        self.model = LanguageModel(bert(shape).to(device))
-        self.space = spaces.build(spaces.parse(space), self.model, 0)
+    def __init__(self, shape: str, device: torch.device, model: BertForMaskedLM | None = None) -> None:
+        self.model = LanguageModel(model or bert(shape).to(device))
+        self.space = spaces.build(spaces.parse("full"), self.model, 0)
         self.engine = Engine(self.model, self.space, PASSES, run_seed=0)
         problem = Problem(self.space.size, self.space.kind, PASSES, 0, device)
-        self.optimizer = spsa(problem, epsilon=1e-3, learning_rate=rate, directions=1)
+        self.optimizer = spsa(problem, epsilon=1e-3, learning_rate=1e-6, directions=1)
         self.batch = masked_batch(device)[0]
         self._steps = 0
 
@@ -131,20 +137,68 @@ def restore_error(device: torch.device) -> Row:
 
 
 def memory_over_inference(device: torch.device) -> Row:
-    """Peak memory of steps above that of bare forwards, in units of the largest tensor, at 110M."""
-    ours = Ours("110m", device)
-    largest = max(s.parameter.numel() * s.parameter.element_size() for s in ours.space.tensors) / 2**20
-    above = []
-    for _ in range(5):
-        peaks = []
-        for work in (ours.two_forwards, ours.step):
-            work()
-            with PeakMemory(device) as memory:
-                work()
-            peaks.append(memory.mib)
-        above.append((peaks[1] - peaks[0]) / largest)
-    ours.engine.close()
+    """Peak memory of steps above that of bare forwards, in units of the largest tensor, at 110M.
+
+    Each in processes of its own, from the moment when the model is there.
+    """
+    above = [(_peak_of("step", device) - _peak_of("forwards", device)) for _ in range(3)]
     return Row.of("memory_over_inference", "layers", above)
+
+
+def _peak_of(work: str, device: torch.device) -> float:
+    code = f"from benchmarks.step import peak; print(peak({work!r}, {str(device)!r}))"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout)
+
+
+def peak(work: str, device: str) -> float:
+    """How far memory grows while ``work`` is done, in units of the largest tensor."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = bert("110m").to(device)
+    batch = masked_batch(torch.device(device))[0]
+    largest = max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    noise.add(zeros := torch.zeros(2**13), 1, 0, "rademacher", 1.0, out=zeros, fused=True)  # the compiler
+    noise.add(zeros, 1, 0, "rademacher", 1.0, out=torch.zeros(2**13), fused=True)
+    with Watched(torch.device(device)) as memory:
+        if work == "step":
+            ours = Ours("110m", torch.device(device), model)
+            for _ in range(5):
+                ours.step()
+        else:
+            for _ in range(5):
+                two_forwards(LanguageModel(model), batch)
+    return memory.grown / largest
+
+
+class Watched:
+    """The growth of memory within a block, in bytes: sampled every millisecond where it is the process's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._most = 0.0
+        self.grown = 0.0
+
+    def __enter__(self) -> Watched:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._before = self._now()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.grown = max(self._most, self._now()) - self._before
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.001):
+            self._most = max(self._most, self._now())
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return psutil.Process().memory_info().rss
 
 
 def prefix_speedup(device: torch.device) -> Row:
@@ -158,12 +212,13 @@ def prefix_speedup(device: torch.device) -> Row:
     kept = Batch(inputs, targets, examples=tuple(range(64)))
     candidates = [Seeded(i, 0.1) for i in range(32)]
 
-    @torch.inference_mode()
-    def uncached() -> None:
-        with engine._scorer._modules.at(OnePoint(engine.space, candidates[0], Scratch())):
-            model(kept)
+    drawn = Batch(inputs, targets)  # of no data set: nothing can be kept
 
-    seconds = interleaved({"kept": lambda: engine.losses(kept, candidates), "uncached": uncached}, 15, device)
+    work = {
+        "kept": lambda: engine.losses(kept, candidates),
+        "uncached": lambda: engine.losses(drawn, candidates[:1]),
+    }
+    seconds = interleaved(work, 15, device)
     engine.close()
     each = [s / len(candidates) for s in seconds["kept"]]
     return Row.of("prefix_speedup", "times", ratios(seconds["uncached"], each))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.engine.matmul import linear, linear_plus
-from pipeline.engine.modules import Arguments, Owned, swapped, weight_of
+from pipeline.engine.modules import Arguments, Owned, read_by_children, swapped, weight_of
 from pipeline.factors import Factors
 from pipeline.optimizer import Candidate, Seeded
 from pipeline.space import Searched, Space
@@ -100,6 +100,8 @@ class ManyPoints:
     def run(self, module: nn.Module, owned: Owned, forward: Callable[..., Any], arguments: Arguments) -> Any:
         if self._running:
             return self._running.run(module, owned, forward, arguments)
+        if self._lanes > 1 and read_by_children(module, owned):
+            return forward(module, *arguments[0], **arguments[1])
         values = {attribute: self._source.stacked(searched) for attribute, searched in owned.items()}
         args, kwargs = arguments
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and args:
@@ -198,11 +200,12 @@ class LowRankSource:
         out, into = self._left(searched).to(inputs.dtype), self._right(searched).to(inputs.dtype)
         if isinstance(module, Conv1D):
             out, into = into, out
-        inner = inputs @ into
-        ridden = (
-            inner @ out.mT if bias is None else torch.baddbmm(bias, inner, out.expand(len(inner), -1, -1).mT)
-        )
-        product = linear_plus(inputs.flatten(0, 1), weight_of(module, weight), ridden.flatten(0, 1))
+        inner, out = inputs @ into, out.expand(len(inputs), -1, -1)
+        if bias is not None and bias.dim() == 3:  # of each lane: it rides along too
+            inner = torch.cat((inner, inner.new_ones(*inner.shape[:2], 1)), -1)
+            out, bias = torch.cat((out, bias.mT), -1), None
+        ridden = torch.bmm(inner, out.mT).flatten(0, 1)
+        product = linear_plus(inputs.flatten(0, 1), weight_of(module, weight), bias, ridden)
         return product.view(*inputs.shape[:2], -1)
 
     def rows(self, searched: Searched, ids: Tensor) -> Tensor:

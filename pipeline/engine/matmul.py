@@ -23,12 +23,16 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def linear_plus(inputs: Tensor, weight: Tensor, added: Tensor) -> Tensor:
-    """inputs · weightᵀ + added: ``[rows, in]``, ``[out, in]``, ``[rows, out]``; ``added`` is used up."""
+def linear_plus(inputs: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
+    """inputs · weightᵀ + bias + added: ``[rows, in]``, ``[out, in]``, ``[out]``, ``[rows, out]``.
+
+    ``added`` is used up.
+    """
     if not _by_onednn(inputs):
-        return added.addmm_(inputs, weight.T)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, added, weight, None, "add")
-    return product
+        product = added.addmm_(inputs, weight.T)
+        return product if bias is None else product.add_(bias)
+    summed: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, added, weight, bias, "add")
+    return summed
 
 
 def _by_onednn(inputs: Tensor) -> bool:

@@ -52,6 +52,17 @@ def weight_of(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def read_by_children(module: nn.Module, owned: Owned) -> bool:
+    """Whether each tensor is a parameter of a module within too: then the outer one only holds its name."""
+    within = {
+        id(parameter)
+        for child in module.modules()
+        if child is not module
+        for parameter in child._parameters.values()
+    }
+    return all(id(searched.parameter) in within for searched in owned.values())
+
+
 @contextmanager
 def swapped(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
     """Within it, the module's parameters are ``values``."""

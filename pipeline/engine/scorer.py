@@ -18,7 +18,7 @@ from pipeline.tasks.base import Batch, TaskModel
 
 _STACKED = 2**24  # elements of weights and features held at once for several candidates
 _LOGITS = 2**25  # elements of their logits
-_TOKENS = {"cpu": 2**12}  # of one forward pass: with more, a CPU gains nothing
+_TOKENS = {"cpu": 2**11}  # of one forward pass: with more, a CPU loses what its caches hold
 _TOKENS_ELSEWHERE = 2**15
 _ALIKE = {torch.float32: 1e-4}  # how far two ways to score a probe may differ, relatively
 _ALIKE_IN_HALF = 2e-2
