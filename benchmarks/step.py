@@ -25,7 +25,7 @@ from pipeline.optimizer import Problem, Seeded
 from pipeline.tasks.base import Batch
 from pipeline.tasks.classification import TextClassifier
 from pipeline.tasks.language_modelling import LanguageModel
-from plugins.spsa import spsa
+from plugins.seeded import spsa
 
 SHAPES: dict[str, dict[str, Any]] = {
     "22m": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},

@@ -90,7 +90,7 @@ def test_help_and_the_list_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom pipeline.cli import app\n"
         f"try: app({arguments!r})\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'mlflow', 'nevergrad', 'datasets', 'numpy', 'plugins.spsa'}\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'nevergrad', 'datasets', 'numpy', 'plugins.seeded'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

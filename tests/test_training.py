@@ -17,13 +17,16 @@ from pipeline.errors import UserError
 from pipeline.evaluation import measure
 from pipeline.noise import direction
 from pipeline.objective import cross_entropy
-from pipeline.optimizer import Candidate, Explicit, Problem, Seeded
-from pipeline.registry import Spec
+from pipeline.optimizer import Candidate, Explicit, LowRank, Problem, Seeded
+from pipeline.registry import Spec, create
 from pipeline.space import parse
 from pipeline.trainer import Result, Training, train
 from pipeline.trajectory import Trajectory
-from plugins.spsa import spsa
+from plugins.seeded import ES, SPSA, es, spsa
+from plugins.seeded.evolution import ranks, z_scores
 from tests.test_engine import SPACES, classifier, language_model, searched
+
+VARIANTS = [f"spsa:{name}" for name in SPSA] + [f"es:{name}" for name in ES]
 
 
 def run(
@@ -137,6 +140,10 @@ RESUMABLE = [
     "spsa,directions=2,distribution=gaussian",
     "spsa:OneSided,directions=3",
     "spsa:CurvatureClipped,directions=1,distribution=sphere,schedule=cosine",
+    "spsa:LazyLowRank,directions=2,refresh=5",
+    "spsa:LazyLowRank,directions=2,refresh=5,momentum=0.9",
+    "es,population_size=6",
+    "es:LowRank,population_size=4,rank=2,shaping=z_score",
     "cmaes",
     "cmaes:SepCMA,sigma=0.3",
     "nevergrad:OnePlusOne",
@@ -232,7 +239,12 @@ class Linear:
         return [float((self.point + p).double() @ self.gradient_.double()) for p in points]
 
     def move(
-        self, seeds: Sequence[int], coefficients: Sequence[float], distribution: str, decay: float
+        self,
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        distribution: str,
+        decay: float = 0.0,
+        low_rank: LowRank | None = None,
     ) -> None:
         for seed, coefficient in zip(seeds, coefficients, strict=True):
             self.point = self.point + coefficient * self._z(seed, distribution)
@@ -319,28 +331,126 @@ def test_clipping_damps_by_the_curvature_along_the_direction() -> None:
     torch.testing.assert_close(moved["CurvatureClipped"], expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", ["TwoPoint", "OneSided", "CurvatureClipped"])
-def test_a_loss_that_never_reacts_stops_loudly(name: str) -> None:
-    method = spsa(Problem(4, "head", 10**4, 0), name=name)
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_a_loss_that_never_reacts_stops_loudly(spec: str) -> None:
+    method = create(Spec.parse(spec), Problem(4, "head", 10**4, 0))
     for _ in range(9):
         method.step(Linear(torch.zeros(4)))
     with pytest.raises(UserError, match="stayed at exactly 0 for 10 steps"):
         method.step(Linear(torch.zeros(4)))
 
 
-@pytest.mark.parametrize("name", ["TwoPoint", "OneSided", "CurvatureClipped"])
+@pytest.mark.parametrize("spec", VARIANTS)
 @pytest.mark.parametrize(
     ("schedule", "shares"), [("constant", [1, 1]), ("linear", [1, 0.5]), ("cosine", [1, 0.5])]
 )
-def test_the_rate_follows_its_schedule(name: str, schedule: str, shares: list[float]) -> None:
-    passes = spsa(Problem(4, "head", 10, 0), name=name, directions=4).passes_a_step
-    problem = Problem(4, "head", 2 * passes, 0)
-    method = spsa(problem, name=name, directions=4, learning_rate=0.1, schedule=schedule)
+def test_the_rate_follows_its_schedule(spec: str, schedule: str, shares: list[float]) -> None:
+    options = Spec.parse(f"{spec},learning_rate=0.1,schedule={schedule}")
+    passes = create(options, Problem(4, "head", 10, 0)).passes_a_step
+    method = create(options, Problem(4, "head", 2 * passes, 0))
     rates = [method.step(Linear(torch.ones(4))).metrics["learning_rate"] for _ in shares]
     assert rates == pytest.approx([0.1 * share for share in shares])
 
 
-def test_a_loss_that_is_not_finite_stops_loudly() -> None:
-    method = spsa(Problem(4, "head", 100, 0))
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_a_loss_that_is_not_finite_stops_loudly(spec: str) -> None:
+    method = create(Spec.parse(spec), Problem(4, "head", 100, 0))
     with pytest.raises(UserError, match="diverged"):
         method.step(Linear(torch.full((4,), math.nan)))
+
+
+def test_losses_are_shaped_by_their_order_or_their_spread() -> None:
+    assert ranks([3.0, 1.0, 1e9, 2.0, 1.0]) == [0.25, -0.375, 0.5, 0.0, -0.375]
+    assert z_scores([3.0, 1.0]) == [1.0, -1.0]
+    assert z_scores([2.0, 2.0]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("shaping", ["rank", "z_score"])
+def test_an_evolution_step_goes_downhill_by_a_length_that_ignores_the_losses_size(shaping: str) -> None:
+    gradient = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for size in (1e-3, 1e3):
+        method = es(
+            Problem(40, "full", 10**9, 1), shaping=shaping, learning_rate=0.1, sigma=0.1, population_size=4000
+        )
+        assert method.passes_a_step == 4000
+        evaluator = Linear(size * gradient)
+        method.step(evaluator)
+        moved.append(evaluator.point)
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-6)
+    assert float(torch.cosine_similarity(-moved[0], gradient, dim=0)) > 0.97
+
+
+def test_momentum_in_the_factors_is_the_mean_of_what_was_seen_since_v_was_drawn() -> None:
+    beta, rate, refresh = 0.8, 0.1, 4
+    gradient = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    method = spsa(
+        Problem(20, "full", 10**9, 1),
+        name="LazyLowRank",
+        momentum=beta,
+        refresh=refresh,
+        learning_rate=rate,
+        epsilon=0.1,
+        directions=2,
+        schedule="constant",
+    )
+    evaluator = Linear(gradient)
+    mean = torch.zeros(20)
+    for step in range(2 * refresh + 1):
+        before = evaluator.point
+        method.step(evaluator)
+        seeds = [(1 << 32) + 2 * step + i for i in (0, 1)]
+        zs = [evaluator._z(seed, "rademacher") for seed in seeds]
+        estimate = sum(((gradient @ z) * z for z in zs), torch.zeros(20)) / 2
+        mean = (0.0 if step % refresh == 0 else beta) * mean + (1 - beta) * estimate
+        torch.testing.assert_close(evaluator.point - before, -rate * mean, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "rank"), [(1, 2), (3, 2), (5, 4)])
+def test_lazy_steps_add_up_to_the_rank_of_one_until_v_is_drawn_anew(
+    steps: int, rank: int, bert: Path
+) -> None:
+    model, batch = classifier(bert)
+    space = searched("full", model)
+    before = space.snapshot()
+    spec = Spec.parse("spsa:LazyLowRank,refresh=3,directions=1,learning_rate=1.0,momentum=0.5")
+    training = Training(spec, parse("full"), 2 * steps, 2 * steps, 0)
+    train(training, model, space, lambda step: batch, lambda: measure(model, [batch]))
+    for tensor, old in zip(space.tensors, before, strict=True):
+        if tensor.name.endswith("query.weight"):
+            change = (tensor.parameter.detach() - old).double()
+            assert int(torch.linalg.matrix_rank(change, atol=1e-4)) == rank
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("spsa,rank=2", "'spsa:TwoPoint' has no option 'rank'"),
+        ("es,rank=2", "'es:Gaussian' has no option 'rank'"),
+        ("es,population_size=3", "population_size is even"),
+        ("es,shaping=rnk", "did you mean 'rank'"),
+        ("es:LowRank,rank=-1", "rank must not be negative"),
+        ("spsa:LazyLowRank,momentum=1", "momentum is in"),
+        ("spsa:LazyLowRank,refresh=-1", "refresh must not be negative"),
+        ("spsa:OneSided,directions=1", "at least 2 directions"),
+        ("spsa,epsilon=-1", "must not be negative"),
+        ("spsa:TwoPiont", "did you mean 'TwoPoint'"),
+    ],
+)
+def test_an_option_out_of_place_is_one_line(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        create(Spec.parse(spec), Problem(4, "head", 100, 0))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["spsa:LazyLowRank", "es:LowRank"])
+def test_low_rank_directions_are_refused_where_there_are_no_matrices(spec: str, bert: Path) -> None:
+    with pytest.raises(UserError, match="no matrices for low-rank directions"):
+        run(bert, spec, "projection,dimension=50", 40)
+
+
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_no_method_touches_the_global_random_state(spec: str, bert: Path) -> None:
+    before = torch.get_rng_state()
+    run(bert, f"{spec},schedule=constant", "full", 70)
+    assert torch.equal(torch.get_rng_state(), before)

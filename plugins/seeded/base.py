@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pipeline.errors import UserError, unknown
 from pipeline.noise import DISTRIBUTIONS
-from pipeline.optimizer import Evaluator, Problem, Seeded, StepReport
+from pipeline.optimizer import Evaluator, LowRank, Problem, Seeded, StepReport
 
 # the share of the learning rate that is left when a share of the budget is spent
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -30,7 +30,7 @@ class Settings:
     directions: int
 
 
-class SPSA(ABC):
+class SeededOptimizer(ABC):
     """θ ← θ − η(mean of cᵢ zᵢ + λθ): a variant scores points along n directions zᵢ and says their slopes cᵢ.
 
     Args:
@@ -64,7 +64,7 @@ class SPSA(ABC):
         if schedule not in SCHEDULES:
             raise unknown("schedule", schedule, SCHEDULES)
         if min(epsilon, learning_rate, directions, weight_decay) < 0:
-            raise UserError("spsa: epsilon, learning_rate, directions and weight_decay must not be negative")
+            raise UserError("epsilon, sigma, learning_rate, directions and weight_decay must not be negative")
         default = self.DEFAULTS[problem.space]
         self.epsilon = epsilon or default.epsilon
         self.learning_rate = learning_rate or default.learning_rate
@@ -90,6 +90,14 @@ class SPSA(ABC):
     def slopes(self, centre: float, losses: Sequence[Sequence[float]]) -> list[float]:
         """cᵢ of each direction from the loss at the point (NaN if not asked for) and along the directions."""
 
+    def low_rank(self) -> LowRank | None:
+        """What directions of this step have in common beside their law; None where they have full rank."""
+        return None
+
+    def direction(self, seeds: list[int], weights: list[float]) -> tuple[list[int], list[float]]:
+        """The direction to descend as a sum along seeds: these, unless a variant remembers others."""
+        return seeds, weights
+
     centred: ClassVar[bool] = False
     """Whether the loss at the point itself is scored too."""
 
@@ -101,21 +109,19 @@ class SPSA(ABC):
         """
         first = (self._run_seed << 32) + self._step * self.directions
         seeds = range(first, first + self.directions)
-        scales = self.scales()
-        candidates = [Seeded(seed, scale, self.distribution) for seed in seeds for scale in scales]
+        scales, law = self.scales(), (self.distribution, self.low_rank())
+        candidates = [Seeded(seed, scale, *law) for seed in seeds for scale in scales]
         if self.centred:
-            candidates = [Seeded(first, 0.0, self.distribution), *candidates]
+            candidates = [Seeded(first, 0.0, *law), *candidates]
         losses = evaluator.losses(candidates)
         self._guard(losses)
         centre, along = (losses[0], losses[1:]) if self.centred else (math.nan, losses)
         grouped = [along[i : i + len(scales)] for i in range(0, len(along), len(scales))]
         slopes = self.slopes(centre, grouped)
         rate = self.learning_rate * self._schedule(min(1.0, self._step / self._steps))
+        summed, weights = self.direction(list(seeds), [slope / self.directions for slope in slopes])
         evaluator.move(
-            seeds,
-            [-rate * slope / self.directions for slope in slopes],
-            self.distribution,
-            rate * self.weight_decay,
+            summed, [-rate * weight for weight in weights], law[0], rate * self.weight_decay, law[1]
         )
         self._step += 1
         size = math.sqrt(sum(slope * slope for slope in slopes) / self.directions)
@@ -125,13 +131,13 @@ class SPSA(ABC):
     def _guard(self, losses: Sequence[float]) -> None:
         if not all(math.isfinite(loss) for loss in losses):
             raise UserError(
-                f"spsa: a loss of step {self._step} is not finite: the run has diverged; "
+                f"a loss of step {self._step} is not finite: the run has diverged; "
                 f"lower learning_rate (now {self.learning_rate:g})"
             )
         self._flat = self._flat + 1 if len(set(losses)) == 1 else 0
         if self._flat == FLAT_STEPS:
             raise UserError(
-                f"spsa: the loss stayed at exactly {losses[0]:g} for {FLAT_STEPS} steps, whatever was "
+                f"the loss stayed at exactly {losses[0]:g} for {FLAT_STEPS} steps, whatever was "
                 f"perturbed: raise epsilon (now {self.epsilon:g}), or search weights that reach the loss"
             )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from plugins.spsa.base import SPSA, Settings
+from plugins.seeded.base import SeededOptimizer, Settings
 
 
-class TwoPoint(SPSA):
+class TwoPoint(SeededOptimizer):
     """cᵢ = (L(θ + εzᵢ) − L(θ − εzᵢ)) / 2ε, the central difference; 2n forward passes a step."""
 
     # head: found on the validation split, see docs/log.md; the others are first guesses

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from plugins.spsa.base import SPSA, Settings
+from plugins.seeded.base import SeededOptimizer, Settings
 
 EXPONENT = 0.1
 
 
-class CurvatureClipped(SPSA):
+class CurvatureClipped(SeededOptimizer):
     """cᵢ = (L₊ − L₋) / 2ε · 1/max(1, |(L₊ − 2L₀ + L₋)/ε²|^0.1); 2n + 1 forward passes a step.
 
     The paper ties η = ε, which cancels ε in the step; here η is an option like any other.

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from pipeline.errors import UserError
-from plugins.spsa.base import SPSA, Settings
+from plugins.seeded.base import SeededOptimizer, Settings
 
 
-class OneSided(SPSA):
+class OneSided(SeededOptimizer):
     """cᵢ = (L(θ + εzᵢ) − L(θ)) / σ, σ the standard deviation of the n losses; n + 1 forward passes a step.
 
     E[σ²] = ε²‖∇L‖² to first order, so η is a length: a step moves the weights by about η√(d/n), whatever
