@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def choose_device(name: str) -> torch.device:
@@ -32,6 +40,17 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device '{name}' on this machine; try device=auto or cpu") from error
     return device
+
+
+def choose_dtype(name: str) -> torch.dtype | str:
+    """The dtype of that name; ``auto``, which is the checkpoint's own, as it is.
+
+    Raises:
+        UserError: no such dtype.
+    """
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return DTYPES[name]
 
 
 def locate(reference: str) -> str:
@@ -73,8 +92,8 @@ def load_config(location: str) -> Any:
         return AutoConfig.from_pretrained(location)
 
 
-def load_encoder(location: str) -> PreTrainedModel:
-    """The model without a head, float32, in eval mode."""
+def load_encoder(location: str, dtype: str = "float32") -> PreTrainedModel:
+    """The model without a head, in eval mode; ``dtype`` is a name that `choose_dtype` knows."""
     from transformers import MODEL_MAPPING, AutoModel
 
     with _loading(location):
@@ -84,7 +103,7 @@ def load_encoder(location: str) -> PreTrainedModel:
         if built and "add_pooling_layer" in inspect.signature(built).parameters:
             options["add_pooling_layer"] = False
         model: PreTrainedModel = AutoModel.from_pretrained(
-            location, use_safetensors=True, dtype=torch.float32, **options
+            location, use_safetensors=True, dtype=choose_dtype(dtype), **options
         )
     model.eval()
     return model
@@ -93,15 +112,15 @@ def load_encoder(location: str) -> PreTrainedModel:
 def pass_through(reference: str, folder: Path) -> None:
     """Saves a model without a head, and its tokenizer, as they come."""
     location = locate(reference)
-    load_encoder(location).save_pretrained(str(folder))
+    load_encoder(location, "auto").save_pretrained(str(folder))
     load_tokenizer(location).save_pretrained(str(folder))
 
 
-def load_language_model(location: str, objective: str, seed: int) -> PreTrainedModel:
-    """The model with its language-modelling head, float32, in eval mode.
+def load_language_model(location: str, objective: str, seed: int, dtype: str = "float32") -> PreTrainedModel:
+    """The model with its language-modelling head, in eval mode.
 
-    ``objective`` is ``mlm`` or ``clm``. Parts the checkpoint lacks, such as a head that was never trained,
-    are drawn from ``seed``.
+    ``objective`` is ``mlm`` or ``clm``, ``dtype`` a name that `choose_dtype` knows. Parts the checkpoint
+    lacks, such as a head that was never trained, are drawn from ``seed``.
 
     Raises:
         UserError: the model cannot be loaded, or has no such head.
@@ -116,7 +135,9 @@ def load_language_model(location: str, objective: str, seed: int) -> PreTrainedM
     auto = AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
     with _loading(location), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = auto.from_pretrained(location, use_safetensors=True, dtype=torch.float32)
+        model: PreTrainedModel = auto.from_pretrained(
+            location, use_safetensors=True, dtype=choose_dtype(dtype)
+        )
     model.eval()
     return model
 

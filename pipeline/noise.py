@@ -31,6 +31,7 @@ _WORTH_A_CALL = 2**12
 _PER_WORD = {"rademacher": 32, "gaussian": 2}  # elements that a 32-bit word gives
 _SIGN_BIT = -(2**31)
 _ONE_AS_BITS = 0x3F800000
+_MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
 
 
 def direction(seed: int, start: int, count: int, law: str, device: torch.device) -> Tensor:
@@ -120,6 +121,26 @@ def radius(seed: int, count: int, device: torch.device) -> float:
 def words_at(seed: int, indices: Tensor) -> Tensor:
     """Raw 32-bit words at ``indices`` (int64): int32 of that shape."""
     return _hash(indices, seed)
+
+
+def rounded(values: Tensor, dtype: torch.dtype, seed: int, start: int) -> Tensor:
+    """float32 ``values`` (flat) rounded to ``dtype``, up or down at random so that the mean is the value.
+
+    Steps below half a unit in the last place are lost to rounding to nearest; so, they add up (Gupta et al.
+    2015, arXiv 1502.02551). The bits drawn are those of ``seed`` at elements ``start …``.
+    """
+    if dtype == values.dtype:
+        return values
+    words = _hash(torch.arange(start // 2, -(-(start + len(values)) // 2), device=values.device), seed)
+    drawn = words.view(torch.int16).to(torch.int32)[start % 2 :][: len(values)].bitwise_and_(0xFFFF)
+    dropped = 23 - _MANTISSA[dtype]  # bits of a float32 that the dtype has not
+    drawn = drawn.bitwise_right_shift_(16 - dropped)
+    # float16 has units of one size below its least normal number: there, its neighbour's are used
+    least = torch.finfo(dtype).smallest_normal if dtype == torch.float16 else 0.0
+    lift = torch.where(values.abs() < least, torch.full_like(values, least).copysign_(values), 0.0)
+    bits = (values + lift).view(torch.int32)
+    kept = bits.add_(drawn).bitwise_and_(-(2**dropped)).view(torch.float32)
+    return kept.sub_(lift).to(dtype)
 
 
 def derive(seed: int, *path: int) -> int:

@@ -65,13 +65,14 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
         UserError: whatever it finds.
     """
     from pipeline.data.prepare import check_sources
-    from pipeline.models import choose_device, locate
+    from pipeline.models import choose_device, choose_dtype, locate
     from pipeline.optimizer import Problem
     from pipeline.registry import create
     from pipeline.space import parse
     from pipeline.start import OBJECTIVES, training
 
     choose_device(config.device)
+    choose_dtype(config.dtype)
     if "prepare" in stages:
         check_sources(config)
     if config.pretrain.objective not in OBJECTIVES:

@@ -34,6 +34,7 @@ from pipeline.tasks.base import TaskModel
 _RADII_KEPT = 1024  # lengths of sphere directions: a step asks for each several times
 _STACKED = 2**20  # elements of a space whose candidates may be stacked
 _GROUP = 2**21  # elements perturbed in one call
+_ROUNDING = 9  # the path to the seeds of random rounding
 _PIECE = 2**20  # elements of a sum of directions: what a cache holds
 
 OPTIONS: dict[str, dict[str, int | float]] = {
@@ -161,6 +162,7 @@ class Space:
         self._start: dict[int, Tensor] = {}
         self._radii: dict[int, float] = {}
         self._layouts: dict[int, Layout] = {}
+        self._moves = 0
         self.fused = False
         if not offset:
             raise UserError(
@@ -297,22 +299,34 @@ class Space:
         decay: float = 0.0,
         low_rank: LowRank | None = None,
     ) -> None:
-        """θ ← (1 − decay) θ + Σ coefficientᵢ z(seedᵢ), summed in float32 before it touches the weights."""
+        """θ ← (1 − decay) θ + Σ coefficientᵢ z(seedᵢ), summed in float32 before it touches the weights.
+
+        Weights of half precision are rounded at random (`noise.rounded`), by the number of the move.
+        """
+        self._moves += 1
         if low_rank:
             self._move_factors(self.factors(seeds, distribution, low_rank), coefficients, decay)
             return
-        if len(seeds) == 1 and not decay:  # nothing to sum
-            for segment in self.segments:
-                scale = segment.scale * coefficients[0]
-                self._add(segment.flat, seeds[0], segment.offset, scale, distribution, segment.flat)
-            return
         for part, decays in self._parts(decay > 0.0):
+            if len(seeds) == 1 and not decays and part.flat.dtype == torch.float32:  # nothing to sum
+                scale = part.segment.scale * coefficients[0]
+                self._add(part.flat, seeds[0], part.start, scale, distribution, part.flat)
+                continue
             change = torch.zeros(part.count, device=self.device)
             for seed, coefficient in zip(seeds, coefficients, strict=True):
                 self._add(change, seed, part.start, part.segment.scale * coefficient, distribution, change)
             if decays:
                 change.add_(part.flat, alpha=-decay)
-            part.flat.add_(change.to(part.flat.dtype))
+            self._step(part.flat, change, part.start)
+
+    def _step(self, weights: Tensor, change: Tensor, start: int) -> None:
+        """``weights`` ← weights + float32 ``change``, of that shape; ``start`` is the first one's index."""
+        if weights.dtype == torch.float32:
+            weights.add_(change)
+            return
+        moved = change.add_(weights).flatten()
+        seed = noise.derive(self._moves, _ROUNDING)
+        weights.copy_(noise.rounded(moved, weights.dtype, seed, start).view(weights.shape))
 
     def _move_factors(self, factors: Factors, coefficients: Sequence[float], decay: float) -> None:
         """The sum is formed in the factors where they share V, and meets the weights once."""
@@ -321,7 +335,7 @@ class Space:
             weight = searched.parameter.data
             left = torch.tensordot(by, factors.left(searched.name), 1)
             if weight.dim() != 2:
-                weight.add_((left * searched.scale).to(weight.dtype))
+                self._step(weight, left * searched.scale, searched.offset)
                 continue
             right = factors.right(searched.name)
             if len(right) < len(by):
@@ -330,7 +344,7 @@ class Space:
                 weighted = factors.left(searched.name) * by[:, None, None]
                 change = weighted.transpose(0, 1).flatten(1) @ right.transpose(0, 1).flatten(1).T
             change.mul_(searched.scale).add_(weight, alpha=-decay)
-            weight.add_(change.to(weight.dtype))
+            self._step(weight, change, searched.offset)
 
     def place(self, coordinates: Tensor) -> None:
         """θ ← start + coordinates (float32 ``[size]``)."""

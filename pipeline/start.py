@@ -99,7 +99,7 @@ def pretraining(config: Config, layout: Layout) -> Pretraining:
         )
         for split in ("train", "validation")
     }
-    model = LanguageModel(load_language_model(location, objective, derive(config.seed, 6)))
+    model = LanguageModel(load_language_model(location, objective, derive(config.seed, 6), config.dtype))
     space = _searched(options, model, config)
     validation = validation_batches(
         data["validation"], options.validation_examples, options.batch_size, config.seed
@@ -120,7 +120,11 @@ def classifier(config: Config, layout: Layout, head: Path | None = None) -> Fine
     if not (layout.pretrained / "config.json").is_file():
         raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
     options, location = config.finetune, str(layout.pretrained)
-    rows, tokenizer, encoder = load_task(layout), load_tokenizer(location), load_encoder(location)
+    rows, tokenizer, encoder = (
+        load_task(layout),
+        load_tokenizer(location),
+        load_encoder(location, config.dtype),
+    )
     labels = rows["train"].features["label"].names
     data = {split: ClassificationData(rows[split], tokenizer, options.max_length) for split in rows}
     _check_length("finetune", options, tokenizer, encoder.config)

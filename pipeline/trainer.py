@@ -133,6 +133,8 @@ class _Loop:
                 seconds = line["seconds"]
             else:
                 redo(line, self.engine.space, self.optimizer)
+                if "together" in line:
+                    self.engine.together = line["together"]
                 self.result.steps += 1
                 self.engine.forward_passes = self.result.forward_passes = line["forward_passes"]
         self._started -= seconds
@@ -143,6 +145,7 @@ class _Loop:
             if self.engine.forward_passes >= self._due:
                 self._measured(recorder)
                 continue
+            known = self.engine.together
             evaluator = self.engine.bind(batches(self.result.steps), self.result.steps)
             try:
                 report = self.optimizer.step(evaluator)
@@ -151,7 +154,8 @@ class _Loop:
             self.result.steps += 1
             self.result.forward_passes = made = self.engine.forward_passes
             if recorder:
-                recorder.step(made, report, evaluator.record, self.optimizer.state_dict())
+                found = None if known is not None else self.engine.together
+                recorder.step(made, report, evaluator.record, self.optimizer.state_dict(), found)
             if on_step:
                 on_step(made, {"train_loss": report.loss, **report.metrics})
         if not self.result.steps:

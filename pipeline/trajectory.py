@@ -68,12 +68,24 @@ class Recorder:
             self._write(asdict(header))
 
     def step(
-        self, forward_passes: int, report: StepReport, record: StepRecord, state: dict[str, Any]
+        self,
+        forward_passes: int,
+        report: StepReport,
+        record: StepRecord,
+        state: dict[str, Any],
+        together: bool | None = None,
     ) -> None:
-        """Notes a step: ``forward_passes`` made so far, its loss, and what it takes to do it again."""
+        """Notes a step: ``forward_passes`` made so far, its loss, and what it takes to do it again.
+
+        ``together``, where this step found it out, is whether candidates share forward passes.
+        """
         scalars = all(isinstance(value, int | float | str | bool) for value in state.values())
         seeded = record.only_moved and scalars
-        made = {"moves": record.moves, "state": state} if seeded else {"losses": record.losses}
+        made: dict[str, Any] = {"losses": record.losses}
+        if seeded:
+            made = {"moves": record.moves, "state": state}
+        if together is not None:
+            made["together"] = together
         self._write({"forward_passes": forward_passes, "loss": report.loss, **made})
 
     def measurement(self, forward_passes: int, figures: dict[str, float], seconds: float) -> None:

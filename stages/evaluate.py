@@ -63,6 +63,7 @@ def _adamw(context: Context, begin: start.Finetuning) -> dict[str, float]:
         evaluate_every=options.adamw_evaluate_every,
     )
     as_run = dataclasses.replace(config, finetune=yardstick)
+    begin.model.float()  # small steps would be lost in half precision: no fair yardstick
     space = start.finetuning_space(as_run, begin)
     validation = begin.validation.by_length(yardstick.batch_size)
     training = start.training(yardstick, as_run, options.adamw_patience)

@@ -27,18 +27,19 @@ from tests.conftest import sentences
 SPACES = ["full", "biases", "head", "lora,rank=2", "projection,dimension=50", "full,encoder_scale=0.1"]
 
 
-def language_model(folder: Path, objective: str) -> tuple[LanguageModel, Batch]:
+def language_model(folder: Path, objective: str, dtype: str = "float32") -> tuple[LanguageModel, Batch]:
     tokenizer = load_tokenizer(str(folder))
     data = CorpusData(sentences(20)[0], tokenizer, max_length=16, objective=objective, mask_probability=0.3)
-    return LanguageModel(load_language_model(str(folder), objective, 0)), data.batch(range(8), seed=1)
+    return LanguageModel(load_language_model(str(folder), objective, 0, dtype)), data.batch(range(8), seed=1)
 
 
-def classifier(folder: Path) -> tuple[TextClassifier, Batch]:
+def classifier(folder: Path, dtype: str = "float32") -> tuple[TextClassifier, Batch]:
     tokenizer = load_tokenizer(str(folder))
     tokens = tokenizer(sentences(8)[0])["input_ids"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = TextClassifier(load_encoder(str(folder)), 32, ["down", "up"], pooled_layers=2).eval()
+        encoder = load_encoder(str(folder), dtype)
+        model = TextClassifier(encoder, 32, ["down", "up"], pooled_layers=2).eval()
     batch = Batch(pad(tokens, tokenizer.pad_token_id), torch.arange(8) % 2, examples=tuple(range(8)))
     return model, batch
 
@@ -158,12 +159,37 @@ def test_candidates_share_forward_passes_where_they_can(
     candidates = [Seeded(s, 0.05, "gaussian", LowRank(1)) for s in range(7)]
     expected = [engine.losses(batch, [candidate])[0] for candidate in candidates]
     engine.losses(batch, candidates)
-    assert engine._scorer._batches
+    assert engine.together
     forwards: list[int] = []
     handle = model.encoder.register_forward_pre_hook(lambda *_: forwards.append(1))
     assert engine.losses(batch, candidates) == pytest.approx(expected, rel=2e-5)
     handle.remove()
     assert len(forwards) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "classifier"])
+@pytest.mark.parametrize("text", ["full", "lora,rank=2", "biases", "projection,dimension=50"])
+def test_half_precision_is_scored_as_its_weights_are_when_written(
+    family: str, text: str, dtype: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue("bert" if family == "classifier" else family)
+    if family == "classifier":
+        model, batch = classifier(folder, dtype)
+    else:
+        model, batch = language_model(folder, "mlm" if family == "bert" else "clm", dtype)
+    space = searched(text, model)
+    engine = Engine(model, space, 100, run_seed=0)
+    candidates: list[Candidate] = [Seeded(4, 0.05), Seeded(4, -0.05), Seeded(5, 0.05, "gaussian")]
+    if not text.startswith("projection"):
+        candidates += [Seeded(s, 0.05, "gaussian", LowRank(2)) for s in (4, 5, 6)]
+    before = space.digest()
+    losses = engine.losses(batch, candidates)
+    assert space.digest() == before
+    engine.close()
+    expected = [reference(model, space, candidate, batch) for candidate in candidates]
+    assert losses == pytest.approx(expected, rel=5e-3)
+    assert len(set(losses)) == len(candidates)
 
 
 def test_a_model_that_mixes_lanes_is_scored_one_by_one(bert: Path) -> None:
@@ -177,7 +203,7 @@ def test_a_model_that_mixes_lanes_is_scored_one_by_one(bert: Path) -> None:
     engine = Engine(model, space, 1000, run_seed=0)
     candidates = [Seeded(s, 0.5) for s in range(4)]
     together = engine.losses(batch, candidates)
-    assert engine._scorer._batches is False
+    assert engine.together is False
     assert together == [engine.losses(batch, [candidate])[0] for candidate in candidates]
 
 
@@ -237,6 +263,13 @@ def test_a_method_that_writes_elements_is_refused_other_coordinates(bert: Path) 
         engine = Engine(model, searched(text, model), 3, run_seed=0)
         with pytest.raises(UserError, match="coordinates other than"):
             engine.bind(batch, 0).tensors()
+
+
+def test_a_method_that_writes_elements_is_refused_half_precision(bert: Path) -> None:
+    model, batch = classifier(bert, "bfloat16")
+    engine = Engine(model, searched("full", model), 3, run_seed=0)
+    with pytest.raises(UserError, match="bfloat16 would lose them: set dtype=float32"):
+        engine.bind(batch, 0).tensors()
 
 
 def test_the_head_of_gpt2_is_refused_in_one_line(gpt2: Path) -> None:

@@ -93,6 +93,46 @@ def test_one_fused_pass_has_the_bits_of_the_eager_one(
     assert torch.equal(eager, (values.float() + 1e-3 * z).to(dtype))
 
 
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def _examples() -> torch.Tensor:
+    """Values of every size that half precision has, subnormal ones of float16 included."""
+    sizes = 10.0 ** torch.linspace(-7, 4, 2000)
+    return torch.cat((sizes, -sizes, torch.zeros(3)))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_random_rounding_goes_to_a_neighbour_and_is_right_in_the_mean(dtype: torch.dtype) -> None:
+    values, repeats = _examples(), 400
+    total = torch.zeros(len(values), dtype=torch.float64)
+    # the two numbers of the dtype around each value
+    nearest = values.to(dtype)
+    away = torch.where(nearest.float() < values, torch.inf, -torch.inf).to(dtype)
+    other = torch.nextafter(nearest, away).double()
+    unit = (nearest.double() - other).abs()
+    for seed in range(repeats):
+        found = noise.rounded(values, dtype, seed, 0)
+        assert found.dtype == dtype
+        assert bool(((found == nearest) | (found.double() == other)).all())
+        total += found.double()
+    error = (total / repeats - values.double()).abs() / unit
+    assert float(error.max()) < 5 * 0.5 / repeats**0.5
+    assert float(error.mean()) < 0.5 / repeats**0.5
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_random_rounding_leaves_what_needs_none_and_is_a_function_of_the_index(dtype: torch.dtype) -> None:
+    exact = _examples().to(dtype)
+    assert torch.equal(noise.rounded(exact.float(), dtype, 3, 5), exact)
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whole = noise.rounded(values, dtype, 7, 100)
+    for start, stop in ((0, 333), (333, 334), (334, 1000)):
+        assert torch.equal(noise.rounded(values[start:stop], dtype, 7, 100 + start), whole[start:stop])
+    assert not torch.equal(noise.rounded(values, dtype, 8, 100), whole)
+    assert noise.rounded(values, torch.float32, 7, 0) is values
+
+
 def test_without_a_compiler_the_eager_path_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(*args: object, **options: object) -> None:
         raise RuntimeError("no working C++ compiler")

@@ -10,7 +10,7 @@ import torch
 from pipeline import space as spaces
 from pipeline.errors import UserError
 from pipeline.noise import direction
-from pipeline.optimizer import Explicit, Seeded
+from pipeline.optimizer import Explicit, LowRank, Seeded
 from tests.test_engine import classifier, searched
 
 CPU = torch.device("cpu")
@@ -86,6 +86,25 @@ def test_move_place_and_restore(bert: Path) -> None:
     assert space.digest() == start
     space.place(torch.zeros(space.size))
     assert space.digest() == start
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("low_rank", [None, LowRank(2, right_seed=1)])
+def test_steps_too_small_for_half_precision_add_up(dtype: str, low_rank: LowRank | None, bert: Path) -> None:
+    """Fifty equal steps, each a small share of the weights' last place."""
+    moved = []
+    for each in ("float32", dtype):
+        model, _ = classifier(bert, each)
+        if each == "float32":
+            model.to(getattr(torch, dtype)).float()
+        space = searched("full", model)
+        before = torch.cat([old.flatten() for old in space.snapshot()]).float()
+        for _ in range(50):
+            space.move([3], [2e-6], "rademacher", 0.0, low_rank)
+        moved.append(torch.cat([new.flatten() for new in space.snapshot()]).float() - before)
+    whole, half = moved
+    assert float(whole.norm()) > 0
+    assert float(half @ whole) / float(whole @ whole) == pytest.approx(1.0, abs=0.15)
 
 
 def test_decay_spares_biases_and_norms(bert: Path) -> None:

@@ -37,8 +37,9 @@ def run(
     path: Path | None = None,
     patience: int = 0,
     resume: bool = False,
+    dtype: str = "float32",
 ) -> tuple[Result, Any]:
-    model, batch = classifier(folder)
+    model, batch = classifier(folder, dtype)
     over = searched(space, model)
     training = Training(Spec.parse(spec), parse(space), passes, max(1, passes // 4), 5, patience)
     result = train(
@@ -85,6 +86,22 @@ def test_replay_of_seeds_gives_the_same_bits(space: str, bert: Path, tmp_path: P
     again = searched(space, classifier(bert)[0])
     assert again.digest() != after.digest()
     assert Trajectory.read(tmp_path / "t.jsonl").replay(again) == after.digest()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "spec",
+    ["spsa,directions=2,weight_decay=0.1", "spsa:LazyLowRank,directions=2,momentum=0.5", "cmaes:SepCMA"],
+)
+def test_half_precision_replays_and_resumes_to_the_same_bits(
+    spec: str, dtype: str, bert: Path, tmp_path: Path
+) -> None:
+    path, cut = tmp_path / "t.jsonl", tmp_path / "cut.jsonl"
+    _, after = run(bert, spec, "full", 80, path, dtype=dtype)
+    assert Trajectory.read(path).replay(searched("full", classifier(bert, dtype)[0])) == after.digest()
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    _, resumed = run(bert, spec, "full", 80, cut, resume=True, dtype=dtype)
+    assert resumed.digest() == after.digest()
 
 
 @pytest.mark.parametrize("spec", ["cmaes", "cmaes:SepCMA,sigma=0.3", "nevergrad:OnePlusOne", "mine"])

@@ -44,6 +44,19 @@ class Engine:
         self._scorer = Scorer(model, space)
         self._kept: dict[int, Tensor] = {}
 
+    @property
+    def together(self) -> bool | None:
+        """Whether candidates share forward passes; None until it was tried.
+
+        It was tried at one point and one batch: a run that goes on keeps what it found, as the two ways to
+        score differ in their last bits.
+        """
+        return self._scorer.together
+
+    @together.setter
+    def together(self, found: bool) -> None:
+        self._scorer.together = found
+
     def bind(self, batch: Batch, step: int) -> BatchEvaluator:
         """An evaluator for one step's batch."""
         return BatchEvaluator(self, batch.to(self.space.device), step)
@@ -141,5 +154,11 @@ class BatchEvaluator:
             raise UserError(
                 f"the space '{self._engine.space.kind}' has coordinates other than the weights' elements, "
                 "which this method writes to: leave out encoder_scale, or choose full, biases, head or lora"
+            )
+        half = [s.parameter.dtype for s in self._engine.space.tensors if s.parameter.dtype != torch.float32]
+        if half:
+            raise UserError(
+                f"this method adds its steps to the weights itself, and {half[0]} would lose them: "
+                "set dtype=float32".replace("torch.", "")
             )
         return [searched.parameter for searched in self._engine.space.tensors]

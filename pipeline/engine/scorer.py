@@ -38,7 +38,8 @@ class Scorer:
         self._space = space
         self._modules = SearchedModules(model, space)
         self._scratch = Scratch()
-        self._batches: bool | None = None  # not known yet
+        self.together: bool | None = None
+        """Whether candidates may share a forward pass; None until it was tried."""
         self._classes = 1
 
     def close(self) -> None:
@@ -58,9 +59,9 @@ class Scorer:
 
     def _scored(self, batch: Batch, features: Tensor | None, candidates: Sequence[Candidate]) -> Tensor:
         if len(candidates) > 1:
-            if self._batches is None:
-                self._batches = self._proven(batch, features, candidates)
-            if self._batches:
+            if self.together is None:
+                self.together = self._proven(batch, features, candidates)
+            if self.together:
                 return self._together(batch, features, candidates)
         return torch.cat([self._alone(batch, features, candidate) for candidate in candidates])
 
@@ -113,7 +114,7 @@ class Scorer:
     def _most(self, batch: Batch, features: Tensor | None, candidate: Candidate) -> int:
         """How many candidates like this one may share a forward pass."""
         low_rank = isinstance(candidate, Seeded) and candidate.low_rank is not None
-        if self._batches is False or not (low_rank or self._space.stackable):
+        if self.together is False or not (low_rank or self._space.stackable):
             return 1
         most = _LOGITS // (len(batch.targets) * self._classes)
         if not low_rank:

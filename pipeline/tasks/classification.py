@@ -50,9 +50,9 @@ class TextClassifier(TaskModel):
         self.scale: Tensor
 
     def features(self, batch: Batch) -> Tensor:
-        """Sentence embeddings whose elements have mean 0 and variance about 1: ``[examples, hidden]``."""
+        """Sentence embeddings of mean 0 and variance about 1: float32 ``[examples, hidden]``."""
         every = self.encoder(**batch.inputs, output_hidden_states=True).hidden_states
-        states: Tensor = torch.stack(every[-self.pooled_layers :]).mean(0)
+        states: Tensor = torch.stack(every[-self.pooled_layers :]).float().mean(0)
         mask = batch.inputs["attention_mask"][..., None].to(states.dtype)
         pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
         return (nn.functional.normalize(pooled, dim=-1) - self.mean) / self.scale
@@ -99,7 +99,7 @@ class TextClassifier(TaskModel):
         if not (folder / HEAD_CONFIG).is_file():
             raise UserError(f"{folder} holds no classifier; run the finetune stage first")
         head = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
-        encoder = load_encoder(str(folder))
+        encoder = load_encoder(str(folder), "auto")
         model = cls(encoder, encoder.config.hidden_size, head["labels"], head["pooled_layers"])
         model.load_head(folder / HEAD_FILE)
         return model.eval()
