@@ -123,24 +123,32 @@ def words_at(seed: int, indices: Tensor) -> Tensor:
     return _hash(indices, seed)
 
 
-def rounded(values: Tensor, dtype: torch.dtype, seed: int, start: int) -> Tensor:
-    """float32 ``values`` (flat) rounded to ``dtype``, up or down at random so that the mean is the value.
+def round_to(out: Tensor, values: Tensor, seed: int, start: int, *, fused: bool = False) -> Tensor:
+    """``out`` (bfloat16 or float16) ← float32 ``values``, up or down at random so that the mean is the value.
 
     Steps below half a unit in the last place are lost to rounding to nearest; so, they add up (Gupta et al.
-    2015, arXiv 1502.02551). The bits drawn are those of ``seed`` at elements ``start …``.
+    2015, arXiv 1502.02551). Both are flat; the bits drawn are those of ``seed`` at elements ``start …``.
+    ``fused`` is as in `add`.
     """
-    if dtype == values.dtype:
-        return values
-    words = _hash(torch.arange(start // 2, -(-(start + len(values)) // 2), device=values.device), seed)
-    drawn = words.view(torch.int16).to(torch.int32)[start % 2 :][: len(values)].bitwise_and_(0xFFFF)
-    dropped = 23 - _MANTISSA[dtype]  # bits of a float32 that the dtype has not
-    drawn = drawn.bitwise_right_shift_(16 - dropped)
-    # float16 has units of one size below its least normal number: there, its neighbour's are used
-    least = torch.finfo(dtype).smallest_normal if dtype == torch.float16 else 0.0
-    lift = torch.where(values.abs() < least, torch.full_like(values, least).copysign_(values), 0.0)
-    bits = (values + lift).view(torch.int32)
-    kept = bits.add_(drawn).bitwise_and_(-(2**dropped)).view(torch.float32)
-    return kept.sub_(lift).to(dtype)
+    count = values.numel()
+    before, after = -start % _BLOCK, (start + count) % _BLOCK
+    whole = slice(before, count - after)
+    if (
+        not fused
+        or count < _WORTH_A_CALL
+        or not _fused.round(out[whole], values[whole], seed, start + before)
+    ):
+        return _round_eagerly(out, values, seed, start)
+    if before:
+        _round_eagerly(out[:before], values[:before], seed, start)
+    if after:
+        _round_eagerly(out[-after:], values[-after:], seed, start + count - after)
+    return out
+
+
+def _round_eagerly(out: Tensor, values: Tensor, seed: int, start: int) -> Tensor:
+    words = _hash(torch.arange(start, start + len(values), device=values.device), seed)
+    return out.copy_(_rounded(values, words, out.dtype))
 
 
 def derive(seed: int, *path: int) -> int:
@@ -173,6 +181,17 @@ def _quantiles(device: torch.device) -> Tensor:
     upper = torch.special.ndtri(0.5 + (torch.arange(2**15, dtype=torch.float64) + 0.5) / 2**16)
     upper /= upper.square().mean().sqrt()
     return torch.cat((-upper.flip(0), upper)).float().to(device)
+
+
+def _rounded(values: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 ``values`` of which ``dtype`` holds every bit; ``words`` are random int32."""
+    dropped = 23 - _MANTISSA[dtype]  # bits of a float32 that the dtype has not
+    # float16 has units of one size below its least normal number: there, its neighbour's are used
+    least = torch.finfo(dtype).smallest_normal if dtype == torch.float16 else 0.0
+    lift = torch.where(values.abs() < least, torch.where(values < 0.0, -least, least), 0.0)
+    bits = (values + lift).view(torch.int32) + (words & (2**dropped - 1))
+    rounded: Tensor = (bits & -(2**dropped)).view(torch.float32) - lift
+    return rounded
 
 
 def _hash(counters: Tensor, seed: int) -> Tensor:
@@ -215,24 +234,31 @@ class _FusedKernels:
         self.broken = False
 
     def add(self, values: Tensor, seed: int, start: int, law: str, scale: float, out: Tensor) -> bool:
-        if self.broken:
-            return False
         device = values.device
         keys = torch.tensor([*_keys(seed), start // _PER_WORD[law]], dtype=torch.int32).to(device)
         # what a word's bits stand for, scaled: a product in the kernel might be added in one rounding
         scaled = _quantiles(device) * scale if law == "gaussian" else torch.tensor(scale, device=device)
+        # torch 2.13 compiles wrongly where an input that is written has a second name
+        if out.data_ptr() == values.data_ptr():
+            return self._ran(f"{law} in place", values.view(-1, _BLOCK), keys, scaled)
+        return self._ran(law, values.view(-1, _BLOCK), keys, scaled, out.view(-1, _BLOCK))
+
+    def round(self, out: Tensor, values: Tensor, seed: int, start: int) -> bool:
+        keys = torch.tensor([*_keys(seed), _int32(start)], dtype=torch.int32).to(values.device)
+        return self._ran(f"round to {out.dtype}", values.view(-1, _BLOCK), keys, out.view(-1, _BLOCK))
+
+    def _ran(self, name: str, *arguments: Tensor) -> bool:
+        """Calls the kernel; False where it cannot be had."""
+        if self.broken:
+            return False
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the compiler, about its own modules
-                # torch 2.13 compiles wrongly where an input that is written has a second name
-                if out.data_ptr() == values.data_ptr():
-                    self._kernel(f"{law} in place")(values.view(-1, _BLOCK), keys, scaled)
-                else:
-                    self._kernel(law)(values.view(-1, _BLOCK), keys, scaled, out.view(-1, _BLOCK))
+                self._kernel(name)(*arguments)
         except Exception as error:  # no compiler, or one that fails: the eager path has the same bits
             self.broken = True
             first = str(error).strip().partition("\n")[0]
-            warnings.warn(f"noise is not compiled ({first}); going on slower", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"noise is not compiled ({first}); going on slower", RuntimeWarning, stacklevel=3)
             return False
         return True
 
@@ -271,10 +297,19 @@ def _half_word_blocks(values: Tensor, keys: Tensor) -> Tensor:
     return ((words[..., None] >> shifts) & 0xFFFF).flatten(1)
 
 
+def _round_to(values: Tensor, keys: Tensor, out: Tensor) -> None:
+    blocks = torch.arange(values.shape[0], device=values.device, dtype=torch.int32)
+    within = torch.arange(_BLOCK, device=values.device, dtype=torch.int32)
+    words = _keyed(blocks[:, None] * _BLOCK + within + keys[2], keys[0], keys[1])
+    out.copy_(_rounded(values, words, out.dtype))
+
+
 _KERNELS: dict[str, Callable[..., None]] = {
     "rademacher": _add_signs_to,
     "rademacher in place": _add_signs,
     "gaussian": _add_normals_to,
     "gaussian in place": _add_normals,
+    "round to torch.bfloat16": _round_to,
+    "round to torch.float16": _round_to,
 }
 _fused = _FusedKernels()

@@ -301,18 +301,19 @@ class Space:
     ) -> None:
         """θ ← (1 − decay) θ + Σ coefficientᵢ z(seedᵢ), summed in float32 before it touches the weights.
 
-        Weights of half precision are rounded at random (`noise.rounded`), by the number of the move.
+        Weights of half precision are rounded at random (`noise.round_to`), by the number of the move.
         """
         self._moves += 1
         if low_rank:
             self._move_factors(self.factors(seeds, distribution, low_rank), coefficients, decay)
             return
+        memory = torch.empty(min(_PIECE, self.elements), device=self.device)  # fresh memory is dear
         for part, decays in self._parts(decay > 0.0):
             if len(seeds) == 1 and not decays and part.flat.dtype == torch.float32:  # nothing to sum
                 scale = part.segment.scale * coefficients[0]
                 self._add(part.flat, seeds[0], part.start, scale, distribution, part.flat)
                 continue
-            change = torch.zeros(part.count, device=self.device)
+            change = memory[: part.count].zero_()
             for seed, coefficient in zip(seeds, coefficients, strict=True):
                 self._add(change, seed, part.start, part.segment.scale * coefficient, distribution, change)
             if decays:
@@ -326,7 +327,7 @@ class Space:
             return
         moved = change.add_(weights).flatten()
         seed = noise.derive(self._moves, _ROUNDING)
-        weights.copy_(noise.rounded(moved, weights.dtype, seed, start).view(weights.shape))
+        noise.round_to(weights.flatten(), moved, seed, start, fused=self.fused)
 
     def _move_factors(self, factors: Factors, coefficients: Sequence[float], decay: float) -> None:
         """The sum is formed in the factors where they share V, and meets the weights once."""

@@ -112,8 +112,7 @@ def test_random_rounding_goes_to_a_neighbour_and_is_right_in_the_mean(dtype: tor
     other = torch.nextafter(nearest, away).double()
     unit = (nearest.double() - other).abs()
     for seed in range(repeats):
-        found = noise.rounded(values, dtype, seed, 0)
-        assert found.dtype == dtype
+        found = noise.round_to(torch.empty_like(nearest), values, seed, 0)
         assert bool(((found == nearest) | (found.double() == other)).all())
         total += found.double()
     error = (total / repeats - values.double()).abs() / unit
@@ -123,14 +122,29 @@ def test_random_rounding_goes_to_a_neighbour_and_is_right_in_the_mean(dtype: tor
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_random_rounding_leaves_what_needs_none_and_is_a_function_of_the_index(dtype: torch.dtype) -> None:
+    def rounded(values: torch.Tensor, seed: int, start: int) -> torch.Tensor:
+        return noise.round_to(torch.empty_like(values, dtype=dtype), values, seed, start)
+
     exact = _examples().to(dtype)
-    assert torch.equal(noise.rounded(exact.float(), dtype, 3, 5), exact)
+    assert torch.equal(rounded(exact.float(), 3, 5), exact)
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    whole = noise.rounded(values, dtype, 7, 100)
+    whole = rounded(values, 7, 100)
     for start, stop in ((0, 333), (333, 334), (334, 1000)):
-        assert torch.equal(noise.rounded(values[start:stop], dtype, 7, 100 + start), whole[start:stop])
-    assert not torch.equal(noise.rounded(values, dtype, 8, 100), whole)
-    assert noise.rounded(values, torch.float32, 7, 0) is values
+        assert torch.equal(rounded(values[start:stop], 7, 100 + start), whole[start:stop])
+    assert not torch.equal(rounded(values, 8, 100), whole)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("start", "count"), [(64, 6400), (5, 7777), (4, 77)])
+def test_compiled_random_rounding_has_the_bits_of_the_eager_one(
+    dtype: torch.dtype, start: int, count: int
+) -> None:
+    values = _examples().repeat(2)[:count]
+    eager = noise.round_to(torch.empty_like(values, dtype=dtype), values, 9, start)
+    fused = noise.round_to(torch.empty_like(values, dtype=dtype), values, 9, start, fused=True)
+    assert not noise._fused.broken
+    assert torch.equal(eager, fused)
 
 
 def test_without_a_compiler_the_eager_path_answers(monkeypatch: pytest.MonkeyPatch) -> None:
