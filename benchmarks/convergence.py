@@ -1,7 +1,7 @@
 """Forward passes to a fixed validation loss: ``python -m benchmarks.convergence [--only NAME] [--json]``.
 
 The sentiment task of the default run, over the head, from the weights that ``dvc repro`` pretrained. Every
-method gets the same batches, the same budget, the same schedule and a learning rate of its own: the one of its
+method gets the same batches, budget and schedule, and a learning rate of its own: the one of its
 grid that needs the fewest passes in the median of three seeds. A run that does not arrive counts as the whole
 budget. The rates were chosen around the best of a wider search on the same features (docs/log.md).
 """

@@ -15,6 +15,7 @@ from benchmarks.harness import Row, interleaved, main, ratios
 from benchmarks.step import Ours, bert
 from pipeline import noise
 from pipeline import space as spaces
+from pipeline.optimizer import Move
 from pipeline.space import Space
 from pipeline.tasks.language_modelling import LanguageModel
 
@@ -38,7 +39,7 @@ def _moved(space: Space, seed: int, how: str) -> torch.Tensor:
     before = torch.cat([segment.flat for segment in space.segments]).clone()
     for step, coefficient in enumerate(_coefficients(seed)):
         if how == "stochastic":
-            space.move([1000 * seed + step], [coefficient], "rademacher")
+            space.move(Move([1000 * seed + step], [coefficient], "rademacher"))
             continue
         for segment in space.segments:
             change = torch.zeros(len(segment.flat), device=space.device)

@@ -21,7 +21,7 @@ from benchmarks.published import PublishedMeZO
 from pipeline import noise
 from pipeline import space as spaces
 from pipeline.engine.evaluator import Engine
-from pipeline.optimizer import Problem, Seeded
+from pipeline.optimizer import Move, Problem, Seeded
 from pipeline.tasks.base import Batch
 from pipeline.tasks.classification import TextClassifier
 from pipeline.tasks.language_modelling import LanguageModel
@@ -129,7 +129,7 @@ def restore_error(device: torch.device) -> Row:
         batch = masked_batch(device)[0]
         for step in range(1000):
             engine.losses(batch, [Seeded(step, 1e-3), Seeded(step, -1e-3)])
-            space.move([step], [0.0], "rademacher", 0.0)
+            space.move(Move([step], [0.0], "rademacher", 0.0))
         engine.close()
         pairs = zip(before, space.snapshot(), strict=True)
         errors.append(max(float((a.double() - b.double()).abs().max()) for a, b in pairs))

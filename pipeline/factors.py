@@ -47,8 +47,8 @@ class Factors:
         if low_rank.right_seed is not None:
             rights = [low_rank.right_seed]
         self._layout = layout
-        self._left = noise.directions(seeds, layout.left_size, law, device)
-        self._right = noise.directions(rights, layout.right_size, law, device)
+        self._left = noise.directions(seeds, 0, layout.left_size, law, device)
+        self._right = noise.directions(rights, 0, layout.right_size, law, device)
         self._right.div_(low_rank.rank**0.5)
 
     def left(self, name: str) -> Tensor:

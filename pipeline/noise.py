@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -28,6 +28,7 @@ MAX_ELEMENTS = 2**32
 _CHUNK = 2**20
 _BLOCK = 32  # elements that a compiled kernel takes together: a word of signs, sixteen of normals
 _WORTH_A_CALL = 2**12
+_TOGETHER = 8  # directions added in one pass over memory
 _PER_WORD = {"rademacher": 32, "gaussian": 2}  # elements that a 32-bit word gives
 _SIGN_BIT = -(2**31)
 _ONE_AS_BITS = 0x3F800000
@@ -45,11 +46,15 @@ def direction(seed: int, start: int, count: int, law: str, device: torch.device)
     return _values(words, law).flatten()[start - first * each :][:count]
 
 
-def directions(seeds: Sequence[int], count: int, law: str, device: torch.device) -> Tensor:
-    """The first ``count`` elements of many directions at once: float32 ``[seeds, count]``."""
+def directions(seeds: Sequence[int], start: int, count: int, law: str, device: torch.device) -> Tensor:
+    """`direction` of many seeds at once: float32 ``[seeds, count]``."""
+    each = _PER_WORD[law]
+    first, last = start // each, -(-(start + count) // each)
     keys = torch.tensor([_keys(seed) for seed in seeds], dtype=torch.int32, device=device)
-    words = torch.arange(-(-count // _PER_WORD[law]), device=device, dtype=torch.int32)
-    return _values(_keyed(words, keys[:, :1], keys[:, 1:]), law).flatten(1)[:, :count]
+    words = torch.arange(first, last, device=device).to(torch.int32)  # wraps
+    return _values(_keyed(words, keys[:, :1], keys[:, 1:]), law).flatten(1)[:, start - first * each :][
+        :, :count
+    ]
 
 
 def add(
@@ -73,6 +78,44 @@ def add(
     if after:
         _add_eagerly(values[-after:], seed, start + count - after, law, scale, out[-after:])
     return out
+
+
+def add_all(
+    values: Tensor,
+    seeds: Sequence[int],
+    start: int,
+    law: str,
+    scales: Sequence[float],
+    *,
+    fused: bool = False,
+) -> Tensor:
+    """`add` in place for each seed and scale in turn, to the same bits; several pass over memory together."""
+    done = 0
+    if fused and law == "rademacher":
+        aligned = not start % _BLOCK and not values.numel() % _BLOCK and values.numel() >= _WORTH_A_CALL
+        while aligned and done + _TOGETHER <= len(seeds):
+            few = slice(done, done + _TOGETHER)
+            if not _fused.add_signs_of_several(values, seeds[few], start, scales[few]):
+                break
+            done += _TOGETHER
+    if values.numel() < _WORTH_A_CALL:
+        for term in scaled(seeds, start, values.numel(), law, scales, values.device):
+            values.add_(term)
+        return values
+    for seed, scale in zip(seeds[done:], scales[done:], strict=True):
+        add(values, seed, start, law, scale, out=values, fused=fused)
+    return values
+
+
+def scaled(
+    seeds: Sequence[int], start: int, count: int, law: str, scales: Sequence[float], device: torch.device
+) -> Iterator[Tensor]:
+    """Each seed's direction times its scale, float32 ``[count]``; many are drawn at once."""
+    together = max(1, _CHUNK // count)
+    for low in range(0, len(seeds), together):
+        few = slice(low, low + together)
+        z = directions(seeds[few], start, count, law, device)
+        yield from z.mul_(torch.tensor(scales[few], dtype=torch.float32, device=device)[:, None])
 
 
 def _add_eagerly(values: Tensor, seed: int, start: int, law: str, scale: float, out: Tensor) -> Tensor:
@@ -243,6 +286,15 @@ class _FusedKernels:
             return self._ran(f"{law} in place", values.view(-1, _BLOCK), keys, scaled)
         return self._ran(law, values.view(-1, _BLOCK), keys, scaled, out.view(-1, _BLOCK))
 
+    def add_signs_of_several(
+        self, values: Tensor, seeds: Sequence[int], start: int, scales: Sequence[float]
+    ) -> bool:
+        first = start // _PER_WORD["rademacher"]
+        keys = torch.tensor([[*_keys(seed), first] for seed in seeds], dtype=torch.int32)
+        scaled = torch.tensor(scales, dtype=torch.float32)
+        blocks = values.view(-1, _BLOCK)
+        return self._ran("several", blocks, keys.to(values.device), scaled.to(values.device))
+
     def round(self, out: Tensor, values: Tensor, seed: int, start: int) -> bool:
         keys = torch.tensor([*_keys(seed), _int32(start)], dtype=torch.int32).to(values.device)
         return self._ran(f"round to {out.dtype}", values.view(-1, _BLOCK), keys, out.view(-1, _BLOCK))
@@ -276,6 +328,13 @@ def _add_signs_to(values: Tensor, keys: Tensor, scale: Tensor, out: Tensor) -> N
     out.copy_(values + _sign_blocks(values, keys) * scale)
 
 
+def _add_signs_of_several(values: Tensor, keys: Tensor, scales: Tensor) -> None:
+    total = values
+    for i in range(_TOGETHER):  # each product is exact, so an addition that takes it in rounds as one alone
+        total = total + _sign_blocks(values, keys[i]) * scales[i]
+    values.copy_(total)
+
+
 def _add_normals(values: Tensor, keys: Tensor, scaled: Tensor) -> None:
     values.copy_(values + scaled[_half_word_blocks(values, keys)])
 
@@ -307,6 +366,7 @@ def _round_to(values: Tensor, keys: Tensor, out: Tensor) -> None:
 _KERNELS: dict[str, Callable[..., None]] = {
     "rademacher": _add_signs_to,
     "rademacher in place": _add_signs,
+    "several": _add_signs_of_several,
     "gaussian": _add_normals_to,
     "gaussian in place": _add_normals,
     "round to torch.bfloat16": _round_to,

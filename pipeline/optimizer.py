@@ -43,6 +43,17 @@ class Seeded:
 
 
 @dataclass(frozen=True)
+class Move:
+    """θ ← (1 − decay) θ + Σ coefficientᵢ · z(seedᵢ); the decay spares biases and norms."""
+
+    seeds: Sequence[int]
+    coefficients: Sequence[float]
+    distribution: str
+    decay: float = 0.0
+    low_rank: LowRank | None = None
+
+
+@dataclass(frozen=True)
 class Explicit:
     """The start point displaced by ``coordinates``: float32 ``[size]``, in the space's own coordinates."""
 

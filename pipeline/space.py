@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pipeline import noise
 from pipeline.errors import UserError, nearest, unknown
 from pipeline.factors import Factors, Layout
-from pipeline.optimizer import Candidate, Explicit, LowRank, Seeded
+from pipeline.optimizer import Candidate, Explicit, LowRank, Move, Seeded
 from pipeline.registry import Spec
 from pipeline.tasks.base import TaskModel
 
@@ -35,6 +35,7 @@ _RADII_KEPT = 1024  # lengths of sphere directions: a step asks for each several
 _STACKED = 2**20  # elements of a space whose candidates may be stacked
 _GROUP = 2**21  # elements perturbed in one call
 _ROUNDING = 9  # the path to the seeds of random rounding
+_SMALL = 2**12  # elements of a piece whose directions are drawn for many moves at once
 _PIECE = 2**20  # elements of a sum of directions: what a cache holds
 
 OPTIONS: dict[str, dict[str, int | float]] = {
@@ -258,7 +259,7 @@ class Space:
             return {s.name: torch.stack([self.value(s, each) for each in candidates]) for s in self.tensors}
         place = {seed: i for i, seed in enumerate(dict.fromkeys(candidate.seed for candidate in seeded))}
         laws = [self._law(candidate.seed, candidate.distribution) for candidate in seeded]
-        z = noise.directions(list(place), self.elements, laws[0][0], self.device)
+        z = noise.directions(list(place), 0, self.elements, laws[0][0], self.device)
         scales = [candidate.scale * law[1] for candidate, law in zip(seeded, laws, strict=True)]
         shifts = z[[place[candidate.seed] for candidate in seeded]] * torch.tensor(
             scales, device=self.device
@@ -291,42 +292,80 @@ class Space:
         z = noise.rows(candidate.seed, searched.offset, rows, searched.parameter.shape[1], law)
         return z.mul_(candidate.scale * factor * searched.scale)
 
-    def move(
-        self,
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        distribution: str,
-        decay: float = 0.0,
-        low_rank: LowRank | None = None,
-    ) -> None:
-        """θ ← (1 − decay) θ + Σ coefficientᵢ z(seedᵢ), summed in float32 before it touches the weights.
+    def move(self, *moves: Move) -> None:
+        """Makes the moves one after another. Each is summed in float32 before it touches the weights.
 
-        Weights of half precision are rounded at random (`noise.round_to`), by the number of the move.
+        Weights of half precision are rounded at random (`noise.round_to`), by the number of the move. Many at
+        once cost less than each alone, and give the same bits.
         """
-        self._moves += 1
-        if low_rank:
-            self._move_factors(self.factors(seeds, distribution, low_rank), coefficients, decay)
-            return
-        memory = torch.empty(min(_PIECE, self.elements), device=self.device)  # fresh memory is dear
-        for part, decays in self._parts(decay > 0.0):
-            if len(seeds) == 1 and not decays and part.flat.dtype == torch.float32:  # nothing to sum
-                scale = part.segment.scale * coefficients[0]
-                self._add(part.flat, seeds[0], part.start, scale, distribution, part.flat)
-                continue
-            change = memory[: part.count].zero_()
-            for seed, coefficient in zip(seeds, coefficients, strict=True):
-                self._add(change, seed, part.start, part.segment.scale * coefficient, distribution, change)
-            if decays:
-                change.add_(part.flat, alpha=-decay)
-            self._step(part.flat, change, part.start)
+        for (_, low_rank), alike in itertools.groupby(moves, lambda move: (move.distribution, move.low_rank)):
+            if low_rank:
+                for move in alike:
+                    self._moves += 1
+                    factors = self.factors(move.seeds, move.distribution, low_rank)
+                    self._move_factors(factors, move.coefficients, move.decay)
+            else:
+                self._move_along(list(alike))
 
-    def _step(self, weights: Tensor, change: Tensor, start: int) -> None:
-        """``weights`` ← weights + float32 ``change``, of that shape; ``start`` is the first one's index."""
+    def _move_along(self, moves: list[Move]) -> None:
+        """Moves of one law: a piece of the weights meets them all while a cache holds it."""
+        memory = torch.empty(min(_PIECE, self.elements), device=self.device)  # fresh memory is dear
+        first = self._moves + 1
+        self._moves += len(moves)
+        for part, decays in self._parts(any(move.decay for move in moves)):
+            self._move_part(part, decays, moves, first, memory[: part.count])
+
+    def _move_part(self, part: Group, decays: bool, moves: list[Move], first: int, change: Tensor) -> None:
+        """Makes the moves, the first of which has the number ``first``, in a part; ``change`` is scratch."""
+
+        def one_sum(numbered: tuple[int, Move]) -> bool:
+            """Whether the move is one addition to the weights."""
+            move = numbered[1]
+            return len(move.seeds) == 1 and not (decays and move.decay) and part.flat.dtype == torch.float32
+
+        flat, law = part.flat, "gaussian" if moves[0].distribution == "sphere" else moves[0].distribution
+        for plain, alike in itertools.groupby(enumerate(moves, first), one_sum):
+            if plain:
+                seeds, scales = self._terms([move for _, move in alike], part)
+                noise.add_all(flat, seeds, part.start, law, scales, fused=self.fused)
+                continue
+            group = list(alike)
+            small = part.count <= _SMALL
+            if small:
+                seeds, scales = self._terms([move for _, move in group], part)
+                terms = noise.scaled(seeds, part.start, part.count, law, scales, self.device)
+            for number, move in group:
+                change.zero_()
+                if small:
+                    for term in itertools.islice(terms, len(move.seeds)):
+                        change.add_(term)
+                else:
+                    seeds, scales = self._terms([move], part)
+                    noise.add_all(change, seeds, part.start, law, scales, fused=self.fused)
+                if decays:
+                    change.add_(flat, alpha=-move.decay)
+                self._step(flat, change, part.start, number)
+
+    def _terms(self, moves: Sequence[Move], part: Group) -> tuple[list[int], list[float]]:
+        """The seeds of several moves, and what each one's direction is scaled by."""
+        seeds = [seed for move in moves for seed in move.seeds]
+        scales = [
+            part.segment.scale * coefficient * self._law(seed, move.distribution)[1]
+            for move in moves
+            for seed, coefficient in zip(move.seeds, move.coefficients, strict=True)
+        ]
+        return seeds, scales
+
+    def _step(self, weights: Tensor, change: Tensor, start: int, number: int) -> None:
+        """``weights`` ← weights + float32 ``change``, of that shape, in move ``number``.
+
+        ``start`` is the first one's index.
+        """
         if weights.dtype == torch.float32:
             weights.add_(change)
             return
         moved = change.add_(weights).flatten()
-        seed = noise.derive(self._moves, _ROUNDING)
+        seed = noise.derive(number, _ROUNDING)
         noise.round_to(weights.flatten(), moved, seed, start, fused=self.fused)
 
     def _move_factors(self, factors: Factors, coefficients: Sequence[float], decay: float) -> None:
@@ -336,7 +375,7 @@ class Space:
             weight = searched.parameter.data
             left = torch.tensordot(by, factors.left(searched.name), 1)
             if weight.dim() != 2:
-                self._step(weight, left * searched.scale, searched.offset)
+                self._step(weight, left * searched.scale, searched.offset, self._moves)
                 continue
             right = factors.right(searched.name)
             if len(right) < len(by):
@@ -345,7 +384,7 @@ class Space:
                 weighted = factors.left(searched.name) * by[:, None, None]
                 change = weighted.transpose(0, 1).flatten(1) @ right.transpose(0, 1).flatten(1).T
             change.mul_(searched.scale).add_(weight, alpha=-decay)
-            self._step(weight, change, searched.offset)
+            self._step(weight, change, searched.offset, self._moves)
 
     def place(self, coordinates: Tensor) -> None:
         """θ ← start + coordinates (float32 ``[size]``)."""
@@ -434,22 +473,17 @@ class Projection(Space):
     def factors(self, seeds: Sequence[int], distribution: str, low_rank: LowRank) -> Factors:
         raise UserError("the space 'projection' has no matrices for low-rank directions; choose full or lora")
 
-    def move(
-        self,
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        distribution: str,
-        decay: float = 0.0,
-        low_rank: LowRank | None = None,
-    ) -> None:
+    def move(self, *moves: Move) -> None:
         """As in `Space`, in coordinates; the decay draws them to the start point."""
-        if low_rank:
-            self.factors(seeds, distribution, low_rank)
-        point = self._point * (1.0 - decay)
-        for seed, coefficient in zip(seeds, coefficients, strict=True):
-            law, factor = self._law(seed, distribution)
-            z = noise.direction(seed, 0, self.dimension, law, point.device)
-            point.add_(z, alpha=coefficient * factor)
+        point = self._point
+        for move in moves:
+            if move.low_rank:
+                self.factors(move.seeds, move.distribution, move.low_rank)
+            point = point * (1.0 - move.decay)
+            for seed, coefficient in zip(move.seeds, move.coefficients, strict=True):
+                law, factor = self._law(seed, move.distribution)
+                z = noise.direction(seed, 0, self.dimension, law, point.device)
+                point.add_(z, alpha=coefficient * factor)
         self.place(point)
 
     def place(self, coordinates: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -127,16 +128,19 @@ class _Loop:
         if before.header != header:
             raise UserError("the run to go on with was made with other parameters, data or weights")
         seconds = 0.0
-        for line in before.lines:
-            if "measured" in line:
-                self._note(line["forward_passes"], line["measured"])
-                seconds = line["seconds"]
-            else:
-                redo(line, self.engine.space, self.optimizer)
+        for measured, alike in itertools.groupby(before.lines, lambda line: "measured" in line):
+            lines = list(alike)
+            if measured:
+                for line in lines:
+                    self._note(line["forward_passes"], line["measured"])
+                seconds = lines[-1]["seconds"]
+                continue
+            redo(lines, self.engine.space, self.optimizer)
+            self.result.steps += len(lines)
+            self.engine.forward_passes = self.result.forward_passes = lines[-1]["forward_passes"]
+            for line in lines:
                 if "together" in line:
                     self.engine.together = line["together"]
-                self.result.steps += 1
-                self.engine.forward_passes = self.result.forward_passes = line["forward_passes"]
         self._started -= seconds
 
     def run(self, batches: BatchSource, recorder: Recorder | None, on_step: OnMeasure | None) -> None:

@@ -10,6 +10,7 @@ if nothing had happened. A torn last line is ignored.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,12 @@ from torch import Tensor
 from pipeline import noise
 from pipeline.engine.evaluator import StepRecord
 from pipeline.errors import UserError
-from pipeline.optimizer import BudgetSpent, Candidate, LowRank, Optimizer, Problem, StepReport
+from pipeline.optimizer import BudgetSpent, Candidate, LowRank, Move, Optimizer, Problem, StepReport
 from pipeline.registry import Spec, create
 from pipeline.space import Space
 
 FORMAT = 2
+_REDONE_TOGETHER = 512  # steps
 FILE = "trajectory.jsonl"
 
 
@@ -83,7 +85,7 @@ class Recorder:
         seeded = record.only_moved and scalars
         made: dict[str, Any] = {"losses": record.losses}
         if seeded:
-            made = {"moves": record.moves, "state": state}
+            made = {"moves": [_written(move) for move in record.moves], "state": state}
         if together is not None:
             made["together"] = together
         self._write({"forward_passes": forward_passes, "loss": report.loss, **made})
@@ -182,8 +184,7 @@ class Trajectory:
             optimizer = create(spec, self.header.problem(space.device), self.header.defaults)
         directions = sum(len(move["seeds"]) for step in steps for move in step.get("moves", ()))
         space.fused = noise.worth_fusing(directions * space.elements)
-        for step in steps:
-            redo(step, space, optimizer)
+        redo(steps, space, optimizer)
         digest = space.digest()
         if self.end is not None and digest != self.end["digest"]:
             raise UserError(
@@ -209,20 +210,33 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def redo(step: dict[str, Any], space: Space, optimizer: Optimizer | None) -> None:
-    """Does a recorded step again, without a forward pass: moves ``space``, and ``optimizer`` to its state.
+def redo(steps: Sequence[dict[str, Any]], space: Space, optimizer: Optimizer | None) -> None:
+    """Does recorded steps again, without a forward pass: moves ``space``, and ``optimizer`` to its state.
 
     Raises:
-        UserError: the step needs gradients, or the optimizer asks for something else than it did.
+        UserError: a step needs gradients, or the optimizer asks for something else than it did.
     """
-    if "moves" in step:
-        for move in step["moves"]:
-            low_rank = LowRank(**move["low_rank"]) if "low_rank" in move else None
-            space.move(**{**move, "low_rank": low_rank})
-        if optimizer is not None:
-            optimizer.load_state_dict(step["state"])
-    elif optimizer is not None:
-        optimizer.step(_Retold(space, step["losses"]))
+    for moved, alike in itertools.groupby(steps, lambda step: "moves" in step):
+        group = list(alike)
+        if moved:
+            for low in range(0, len(group), _REDONE_TOGETHER):
+                few = group[low : low + _REDONE_TOGETHER]
+                space.move(*[_move(move) for step in few for move in step["moves"]])
+            if optimizer is not None:
+                optimizer.load_state_dict(group[-1]["state"])
+        elif optimizer is not None:
+            for step in group:
+                optimizer.step(_Retold(space, step["losses"]))
+
+
+def _written(move: Move) -> dict[str, Any]:
+    """A move as it is recorded: what is not there is left out."""
+    return {key: value for key, value in asdict(move).items() if value or key in ("seeds", "coefficients")}
+
+
+def _move(recorded: dict[str, Any]) -> Move:
+    low_rank = LowRank(**recorded["low_rank"]) if "low_rank" in recorded else None
+    return Move(**{**recorded, "low_rank": low_rank})
 
 
 class _Retold:
@@ -251,7 +265,7 @@ class _Retold:
         decay: float = 0.0,
         low_rank: LowRank | None = None,
     ) -> None:
-        self._space.move(seeds, coefficients, distribution, decay, low_rank)
+        self._space.move(Move(seeds, coefficients, distribution, decay, low_rank))
 
     def place(self, coordinates: Tensor) -> None:
         self._space.place(coordinates)

@@ -56,10 +56,11 @@ def test_other_seeds_and_offsets_are_uncorrelated(distribution: str, seed: int, 
 
 @pytest.mark.parametrize("law", noise.LAWS)
 @pytest.mark.parametrize("count", [1, 33, 770])
-def test_many_directions_are_each_its_own(law: str, count: int) -> None:
+@pytest.mark.parametrize("start", [0, 5, 64])
+def test_many_directions_are_each_its_own(law: str, start: int, count: int) -> None:
     seeds = [3, 2**61, 7]
-    many = noise.directions(seeds, count, law, CPU)
-    each = torch.stack([noise.direction(seed, 0, count, law, CPU) for seed in seeds])
+    many = noise.directions(seeds, start, count, law, CPU)
+    each = torch.stack([noise.direction(seed, start, count, law, CPU) for seed in seeds])
     assert torch.equal(many, each)
 
 
@@ -91,6 +92,18 @@ def test_one_fused_pass_has_the_bits_of_the_eager_one(
     assert torch.equal(eager, fused)
     z = noise.direction(2**61 + 5, start, count, law, CPU)
     assert torch.equal(eager, (values.float() + 1e-3 * z).to(dtype))
+
+
+@pytest.mark.parametrize("law", noise.LAWS)
+@pytest.mark.parametrize("fused", [False, bool(shutil.which("g++"))])
+@pytest.mark.parametrize(("start", "count"), [(0, 770), (64, 6400), (5, 7777)])
+def test_several_directions_add_up_as_one_by_one(law: str, fused: bool, start: int, count: int) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    seeds, scales = list(range(19)), [0.1 * (i - 7) for i in range(19)]
+    expected = values.clone()
+    for seed, scale in zip(seeds, scales, strict=True):
+        noise.add(expected, seed, start, law, scale, out=expected)
+    assert torch.equal(noise.add_all(values, seeds, start, law, scales, fused=fused), expected)
 
 
 HALVES = [torch.bfloat16, torch.float16]

@@ -10,7 +10,7 @@ import torch
 from pipeline import space as spaces
 from pipeline.errors import UserError
 from pipeline.noise import direction
-from pipeline.optimizer import Explicit, LowRank, Seeded
+from pipeline.optimizer import Explicit, LowRank, Move, Seeded
 from tests.test_engine import classifier, searched
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_move_place_and_restore(bert: Path) -> None:
     model, _ = classifier(bert)
     space = searched("biases", model)
     start, saved = space.digest(), space.snapshot()
-    space.move([3], [0.25], "gaussian", 0.0)
+    space.move(Move([3], [0.25], "gaussian", 0.0))
     z = direction(3, 0, space.size, "gaussian", CPU)
     moved = torch.cat(
         [(t.parameter.detach() - s).flatten() for t, s in zip(space.tensors, saved, strict=True)]
@@ -86,6 +86,24 @@ def test_move_place_and_restore(bert: Path) -> None:
     assert space.digest() == start
     space.place(torch.zeros(space.size))
     assert space.digest() == start
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_many_moves_at_once_give_the_bits_of_each_alone(dtype: str, fused: bool, bert: Path) -> None:
+    moves = [Move([i], [0.01 * i], "rademacher") for i in range(20)]
+    moves += [Move([i, 7], [0.01, 0.02], "rademacher", decay=0.1 * (i % 2)) for i in range(4)]
+    moves += [Move([i], [0.01], law) for i in range(3) for law in ("gaussian", "sphere")]
+    moves += [Move([i], [0.01], "gaussian", low_rank=LowRank(2)) for i in range(3)]
+    digests = []
+    for together in (True, False):
+        model, _ = classifier(bert, dtype)
+        space = searched("full", model)
+        space.fused = fused
+        for group in [moves] if together else [[move] for move in moves]:
+            space.move(*group)
+        digests.append(space.digest())
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -100,7 +118,7 @@ def test_steps_too_small_for_half_precision_add_up(dtype: str, low_rank: LowRank
         space = searched("full", model)
         before = torch.cat([old.flatten() for old in space.snapshot()]).float()
         for _ in range(50):
-            space.move([3], [2e-6], "rademacher", 0.0, low_rank)
+            space.move(Move([3], [2e-6], "rademacher", 0.0, low_rank))
         moved.append(torch.cat([new.flatten() for new in space.snapshot()]).float() - before)
     whole, half = moved
     assert float(whole.norm()) > 0
@@ -111,7 +129,7 @@ def test_decay_spares_biases_and_norms(bert: Path) -> None:
     model, _ = classifier(bert)
     space = searched("full", model)
     before = space.snapshot()
-    space.move([], [], "rademacher", 0.1)
+    space.move(Move([], [], "rademacher", 0.1))
     for tensor, old in zip(space.tensors, before, strict=True):
         expected = old * 0.9 if old.dim() > 1 else old
         torch.testing.assert_close(tensor.parameter.detach(), expected)
@@ -137,9 +155,9 @@ def test_a_seeded_move_in_the_projection_is_a_place_of_its_coordinates(bert: Pat
     moved, _ = classifier(bert)
     placed, _ = classifier(bert)
     one, two = (searched("projection,dimension=40", model) for model in (moved, placed))
-    one.move([5], [0.3], "rademacher", 0.0)
+    one.move(Move([5], [0.3], "rademacher", 0.0))
     two.place(0.3 * direction(5, 0, 40, "rademacher", CPU))
     assert one.digest() == two.digest()
-    one.move([6], [0.2], "rademacher", 0.0)
+    one.move(Move([6], [0.2], "rademacher", 0.0))
     two.place(0.3 * direction(5, 0, 40, "rademacher", CPU) + 0.2 * direction(6, 0, 40, "rademacher", CPU))
     assert one.digest() == two.digest()

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import measure
 from pipeline.noise import direction
 from pipeline.objective import cross_entropy
-from pipeline.optimizer import Candidate, Explicit, LowRank, Problem, Seeded
+from pipeline.optimizer import Candidate, Explicit, LowRank, Move, Problem, Seeded
 from pipeline.registry import Spec, create
 from pipeline.space import parse
 from pipeline.trainer import Result, Training, train
@@ -149,7 +149,7 @@ def test_a_run_that_was_cut_off_replays_to_its_last_whole_step(bert: Path, tmp_p
     replayed, whole = searched("head", classifier(bert)[0]), searched("head", classifier(bert)[0])
     cut.replay(replayed)
     for line in lines[2:5]:
-        whole.move(**json.loads(line)["moves"][0])
+        whole.move(Move(**json.loads(line)["moves"][0]))
     assert replayed.digest() == whole.digest()
 
 

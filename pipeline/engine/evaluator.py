@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from pipeline import noise
 from pipeline.engine.scorer import Scorer
 from pipeline.errors import UserError
 from pipeline.objective import cross_entropy
-from pipeline.optimizer import BudgetSpent, Candidate, LowRank
+from pipeline.optimizer import BudgetSpent, Candidate, LowRank, Move
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
 
@@ -26,7 +25,7 @@ class StepRecord:
     """
 
     losses: list[list[float]] = field(default_factory=list)
-    moves: list[dict[str, Any]] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
     only_moved: bool = True
 
 
@@ -133,12 +132,8 @@ class BatchEvaluator:
         decay: float = 0.0,
         low_rank: LowRank | None = None,
     ) -> None:
-        self._engine.space.move(seeds, coefficients, distribution, decay, low_rank)
-        move = {"seeds": list(seeds), "coefficients": list(coefficients), "distribution": distribution}
-        if decay:
-            move["decay"] = decay
-        if low_rank:
-            move["low_rank"] = asdict(low_rank)
+        move = Move(list(seeds), list(coefficients), distribution, decay, low_rank)
+        self._engine.space.move(move)
         self.record.moves.append(move)
 
     def place(self, coordinates: Tensor) -> None:
