@@ -181,10 +181,3 @@ def test_the_global_generator_is_untouched() -> None:
     before = torch.get_rng_state()
     noise.direction(1, 0, 100, "gaussian", CPU)
     assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_bits_are_equal_on_cuda() -> None:
-    cpu = noise.direction(9, 17, 10_000, "rademacher", CPU)
-    assert torch.equal(cpu, noise.direction(9, 17, 10_000, "rademacher", torch.device("cuda")).cpu())
