@@ -19,7 +19,7 @@ class CurvatureClipped(SeededOptimizer):
     centred = True
     # head: found on the validation split, see docs/log.md; the others are two-point's
     DEFAULTS: ClassVar = {
-        "head": Settings(1e-2, 6e-3, 8),
+        "head": Settings(1e-2, 4e-3, 8),
         "biases": Settings(1e-2, 1e-3, 4),
         "lora": Settings(1e-2, 1e-3, 4),
         "full": Settings(1e-3, 1e-5, 4),

@@ -13,7 +13,7 @@ class TwoPoint(SeededOptimizer):
 
     # head: found on the validation split, see docs/log.md; the others are first guesses
     DEFAULTS: ClassVar = {
-        "head": Settings(1e-2, 4e-3, 8),
+        "head": Settings(1e-2, 2e-3, 8),
         "biases": Settings(1e-2, 1e-3, 4),
         "lora": Settings(1e-2, 1e-3, 4),
         "full": Settings(1e-3, 1e-5, 1),
