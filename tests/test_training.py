@@ -449,6 +449,8 @@ def test_lazy_steps_add_up_to_the_rank_of_one_until_v_is_drawn_anew(
         ("es:LowRank,rank=-1", "rank must not be negative"),
         ("spsa:LazyLowRank,momentum=1", "momentum is in"),
         ("spsa:LazyLowRank,refresh=-1", "refresh must not be negative"),
+        ("spsa:LazyLowRank,distribution=sphere", "rademacher or gaussian, not sphere"),
+        ("es:LowRank,distribution=sphere", "rademacher or gaussian, not sphere"),
         ("spsa:OneSided,directions=1", "at least 2 directions"),
         ("spsa,epsilon=-1", "must not be negative"),
         ("spsa:TwoPiont", "did you mean 'TwoPoint'"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pipeline.errors import UserError, unknown
-from pipeline.noise import DISTRIBUTIONS
+from pipeline.noise import DISTRIBUTIONS, LAWS
 from pipeline.optimizer import Evaluator, LowRank, Problem, Seeded, StepReport
 
 # the share of the learning rate that is left when a share of the budget is spent
@@ -28,6 +28,18 @@ class Settings:
     epsilon: float
     learning_rate: float
     directions: int
+
+
+def check_low_rank(problem: Problem, distribution: str) -> None:
+    """Refuses what low-rank directions cannot be, before anything is computed.
+
+    Raises:
+        UserError: a space without matrices, or a law of whole directions.
+    """
+    if problem.space == "projection":
+        raise UserError("the space 'projection' has no matrices for low-rank directions; choose full or lora")
+    if distribution not in LAWS:
+        raise UserError(f"low-rank directions are {' or '.join(LAWS)}, not {distribution}")
 
 
 class SeededOptimizer(ABC):

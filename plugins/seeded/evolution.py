@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pipeline.errors import UserError, unknown
 from pipeline.optimizer import LowRank, Problem
-from plugins.seeded.base import SeededOptimizer, Settings
+from plugins.seeded.base import SeededOptimizer, Settings, check_low_rank
 
 
 def ranks(losses: Sequence[float]) -> list[float]:
@@ -92,6 +92,7 @@ class LowRankEvolution(Evolution):
         if rank < 0:
             raise UserError(f"es:LowRank: rank must not be negative, not {rank}")
         super().__init__(problem, **options)
+        check_low_rank(problem, self.distribution)
         self._rank = rank or 1
 
     def low_rank(self) -> LowRank:

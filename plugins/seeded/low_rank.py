@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pipeline.errors import UserError
 from pipeline.noise import derive
 from pipeline.optimizer import LowRank, Problem
-from plugins.seeded.base import Settings
+from plugins.seeded.base import Settings, check_low_rank
 from plugins.seeded.two_point import TwoPoint
 
 _RIGHT = 8  # the path to the seeds of V
@@ -39,6 +39,7 @@ class LazyLowRank(TwoPoint):
                 f"rank={rank}, refresh={refresh}, momentum={momentum:g}"
             )
         super().__init__(problem, **options)
+        check_low_rank(problem, self.distribution)
         self._rank = rank or 2
         self._refresh = refresh or 50
         self._momentum = momentum
