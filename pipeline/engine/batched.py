@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.engine.matmul import linear, linear_plus
 from pipeline.engine.modules import Arguments, Owned, read_by_children, swapped, weight_of
-from pipeline.factors import Factors
 from pipeline.optimizer import Candidate, Seeded
 from pipeline.space import Searched, Space
+from pipeline.space.factors import Factors
 from pipeline.tasks.base import Batch
 
 

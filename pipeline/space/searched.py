@@ -1,16 +1,4 @@
-"""Which parameters are searched, and the coordinates an optimizer sees them in.
-
-``full``        every parameter
-``biases``      every bias, and the head (BitFit, Ben Zaken et al. 2022)
-``head``        what sits on top of the encoder
-``lora``        low-rank factors on every linear layer of the encoder, and the head (Hu et al. 2022)
-``projection``  a random subspace of ``full``: each parameter follows one of k coordinates, with a random
-                sign (a sparse embedding, Clarkson & Woodruff 2013; random subspaces: Li et al. 2018)
-
-In all but the last, coordinates are the parameters' own elements, one tensor after another. With
-``encoder_scale=s`` a coordinate of the encoder moves its element by s: a fresh head can then learn at its own
-pace without shaking what is already trained under it (discriminative rates: Howard & Ruder 2018).
-"""
+"""The searched tensors of a model: read at a candidate, perturbed, moved."""
 
 from __future__ import annotations
 
@@ -18,18 +6,15 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import noise
-from pipeline.errors import UserError, nearest, unknown
-from pipeline.factors import Factors, Layout
+from pipeline.errors import UserError
 from pipeline.optimizer import Candidate, Explicit, LowRank, Move, Seeded
-from pipeline.registry import Spec
-from pipeline.tasks.base import TaskModel
+from pipeline.space.factors import Factors, Layout
+from pipeline.space.memory import Group, Searched, Segment
 
 _RADII_KEPT = 1024  # lengths of sphere directions: a step asks for each several times
 _STACKED = 2**20  # elements of a space whose candidates may be stacked
@@ -37,112 +22,6 @@ _GROUP = 2**21  # elements perturbed in one call
 _ROUNDING = 9  # the path to the seeds of random rounding
 _SMALL = 2**12  # elements of a piece whose directions are drawn for many moves at once
 _PIECE = 2**20  # elements of a sum of directions: what a cache holds
-
-OPTIONS: dict[str, dict[str, int | float]] = {
-    "full": {"encoder_scale": 1.0},
-    "biases": {"encoder_scale": 1.0},
-    "head": {},
-    "lora": {"rank": 8, "encoder_scale": 1.0},
-    "projection": {"dimension": 1000},
-}
-
-
-@dataclass(frozen=True)
-class Searched:
-    """A searched tensor.
-
-    ``offset`` is the index of its first element among all searched elements; ``scale`` is how far one unit of
-    a coordinate moves an element.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    offset: int
-    scale: float = 1.0
-
-
-def parse(text: str) -> Spec:
-    """A space's spec with its defaults filled in.
-
-    Raises:
-        UserError: unknown space or option, or an option that is not a positive whole number.
-    """
-    spec = Spec.parse(text)
-    if spec.backend not in OPTIONS or spec.name:
-        raise unknown("space", spec.backend + (f":{spec.name}" if spec.name else ""), OPTIONS)
-    known = OPTIONS[spec.backend]
-    for key in spec.options:
-        if key not in known:
-            hint = nearest(key, known) or f"; it takes {', '.join(known) or 'no options'}"
-            raise UserError(f"space '{spec.backend}' has no option '{key}'{hint}")
-    options = {
-        key: _option(spec.backend, key, value, type(known[key])) for key, value in spec.options.items()
-    }
-    return Spec(spec.backend, None, {**known, **options})
-
-
-def _option(space: str, key: str, value: Any, wanted: type) -> int | float:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value <= 0 or (wanted is int and value != int(value)):
-        kind = "whole number" if wanted is int else "number"
-        raise UserError(f"option '{key}' of space '{space}' takes a positive {kind}, not '{value}'")
-    return int(value) if wanted is int else float(value)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Searched tensors that follow each other and have one dtype and scale, in one piece of memory.
-
-    ``flat`` holds their elements one after another; each parameter is a view of its part.
-    """
-
-    tensors: Sequence[Searched]
-    flat: Tensor
-
-    @property
-    def offset(self) -> int:
-        """The index of the first element among all searched ones."""
-        return self.tensors[0].offset
-
-    @property
-    def scale(self) -> float:
-        return self.tensors[0].scale
-
-    @classmethod
-    def of(cls, tensors: Sequence[Searched]) -> Segment:
-        """Moves the tensors into one piece of memory."""
-        first = tensors[0].parameter
-        count = sum(searched.parameter.numel() for searched in tensors)
-        flat = torch.empty(count, dtype=first.dtype, device=first.device)
-        segment = cls(tensors, flat)
-        for searched in tensors:
-            part = segment.part(searched)
-            part.copy_(searched.parameter.detach())
-            searched.parameter.data = part
-        return segment
-
-    def part(self, searched: Searched) -> Tensor:
-        """The elements of one of its tensors."""
-        start = searched.offset - self.offset
-        return self.flat[start : start + searched.parameter.numel()].view(searched.parameter.shape)
-
-    def moved(self) -> bool:
-        """Whether a parameter no longer lies here: its model was sent elsewhere, or its weights replaced."""
-        ends = (self.tensors[0], self.tensors[-1])
-        return any(self.part(searched).data_ptr() != searched.parameter.data_ptr() for searched in ends)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Elements that are perturbed in one go: whole tensors of a segment, from ``start`` (among all) on."""
-
-    segment: Segment
-    start: int
-    count: int
-
-    @property
-    def flat(self) -> Tensor:
-        return self.segment.flat[self.start - self.segment.offset :][: self.count]
 
 
 class Space:
@@ -447,90 +326,3 @@ class Space:
             self._start = {segment.offset: segment.flat.clone() for segment in self.segments}
         within = group.start - group.segment.offset
         return self._start[group.segment.offset][within : within + group.count]
-
-
-class Projection(Space):
-    """A random k-dimensional subspace: θ = start + S c, S sparse with one ±√(k/d) in each row.
-
-    The columns of S are orthogonal, and of unit length on average: a step of length r in coordinates is a
-    step of about length r in the weights.
-    """
-
-    def __init__(self, tensors: Iterable[tuple[str, nn.Parameter, float]], dimension: int, seed: int) -> None:
-        super().__init__("projection", tensors)
-        self.dimension = min(dimension, self.elements)
-        self._seed = seed
-        self._point = torch.zeros(self.dimension, device=self.device)
-
-    @property
-    def size(self) -> int:
-        return self.dimension
-
-    @property
-    def elementwise(self) -> bool:
-        return False
-
-    def factors(self, seeds: Sequence[int], distribution: str, low_rank: LowRank) -> Factors:
-        raise UserError("the space 'projection' has no matrices for low-rank directions; choose full or lora")
-
-    def move(self, *moves: Move) -> None:
-        """As in `Space`, in coordinates; the decay draws them to the start point."""
-        point = self._point
-        for move in moves:
-            if move.low_rank:
-                self.factors(move.seeds, move.distribution, move.low_rank)
-            point = point * (1.0 - move.decay)
-            for seed, coefficient in zip(move.seeds, move.coefficients, strict=True):
-                law, factor = self._law(seed, move.distribution)
-                z = noise.direction(seed, 0, self.dimension, law, point.device)
-                point.add_(z, alpha=coefficient * factor)
-        self.place(point)
-
-    def place(self, coordinates: Tensor) -> None:
-        super().place(coordinates)
-        self._point = coordinates.clone()
-
-    def resolved(self, candidate: Candidate) -> Candidate:
-        if isinstance(candidate, Explicit):
-            return candidate
-        law, factor = self._law(candidate.seed, candidate.distribution)
-        z = noise.direction(candidate.seed, 0, self.dimension, law, self._point.device)
-        return Explicit(torch.add(self._point, z, alpha=candidate.scale * factor))
-
-    def _displace(self, group: Group, coordinates: Tensor, out: Tensor) -> None:
-        counters = torch.arange(group.start, group.start + group.count, device=out.device)
-        words = noise.words_at(self._seed, counters).long() & 0xFFFFFFFF
-        signs = 1.0 - 2.0 * (words & 1)
-        scale = (self.dimension / self.elements) ** 0.5
-        delta = coordinates[(words >> 1) % self.dimension] * (signs * scale)
-        out.copy_(self._start_of(group) + delta)
-
-
-def build(spec: Spec, model: TaskModel, seed: int) -> Space:
-    """The space a spec names, over a model that `prepare_model` has seen.
-
-    Raises:
-        UserError: the model has no such parameters.
-    """
-    if spec.backend == "projection":
-        return Projection(_searched(model, "full", 1.0), spec.options["dimension"], noise.derive(seed, 1))
-    return Space(spec.backend, _searched(model, spec.backend, spec.options.get("encoder_scale", 1.0)))
-
-
-def prepare_model(spec: Spec, model: TaskModel, seed: int) -> None:
-    """Adds what a space needs to the model: the factors of ``lora``."""
-    if spec.backend == "lora":
-        model.add_lora(spec.options["rank"], seed)
-
-
-def _searched(model: TaskModel, kind: str, encoder_scale: float) -> Iterator[tuple[str, nn.Parameter, float]]:
-    head = {id(parameter) for parameter in model.head_parameters()}
-    for name, parameter in model.named_parameters():
-        wanted = (
-            kind == "full"
-            or id(parameter) in head
-            or (kind == "biases" and name.endswith("bias"))
-            or (kind == "lora" and ".lora_" in name)
-        )
-        if wanted and parameter.is_floating_point():
-            yield name, parameter, 1.0 if id(parameter) in head else encoder_scale

@@ -1,0 +1,20 @@
+"""Which parameters are searched, and the coordinates an optimizer sees them in.
+
+``full``        every parameter
+``biases``      every bias, and the head (BitFit, Ben Zaken et al. 2022)
+``head``        what sits on top of the encoder
+``lora``        low-rank factors on every linear layer of the encoder, and the head (Hu et al. 2022)
+``projection``  a random subspace of ``full``: each parameter follows one of k coordinates, with a random
+                sign (a sparse embedding, Clarkson & Woodruff 2013; random subspaces: Li et al. 2018)
+
+In all but the last, coordinates are the parameters' own elements, one tensor after another. With
+``encoder_scale=s`` a coordinate of the encoder moves its element by s: a fresh head can then learn at its own
+pace without shaking what is already trained under it (discriminative rates: Howard & Ruder 2018).
+"""
+
+from pipeline.space.kinds import build, parse, prepare_model
+from pipeline.space.memory import Group, Searched
+from pipeline.space.projection import Projection
+from pipeline.space.searched import Space
+
+__all__ = ["Group", "Projection", "Searched", "Space", "build", "parse", "prepare_model"]
