@@ -212,7 +212,7 @@ def test_a_model_that_mixes_lanes_is_scored_one_by_one(bert: Path) -> None:
 def test_every_way_to_perturb_gives_the_same_losses(
     group: int, fused: bool, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spaces, "_GROUP", group)
+    monkeypatch.setattr("pipeline.space.searched._GROUP", group)
     model, batch = language_model(bert, "mlm")
     space = searched("full,encoder_scale=0.5", model)
     engine = Engine(model, space, 100, run_seed=0)
