@@ -7,7 +7,8 @@ A backend is any callable ``backend(problem, *, option=default, …)`` that retu
 `AskTell`. If it has variants (``cmaes:SepCMA``, ``nevergrad:DE``) it takes the keyword ``name``. Options are
 checked against its signature; one that takes ``**options`` checks them itself and raises `UserError`.
 A backend whose memory grows with the space has a function attribute
-``memory_bytes(problem, *, name=None, **options) -> int``, asked before anything is built.
+``memory_bytes(problem, *, name=None, **options) -> int``, asked before anything is built. One with variants
+has a function attribute ``variants() -> list[Variant]``, which ``pipeline plugins BACKEND`` shows.
 """
 
 from __future__ import annotations
@@ -69,6 +70,20 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name that a backend takes behind its colon, as a person chooses it.
+
+    ``family`` groups names that are alike; ``options`` are those of this variant with their defaults;
+    ``note`` is what else to know, such as the package it misses, or empty.
+    """
+
+    name: str
+    family: str
+    options: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)
