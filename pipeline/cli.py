@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from pipeline.errors import UserError, guarded, unknown
 
@@ -198,24 +199,101 @@ def show(
     typer.echo(text.rstrip() if as_json else table(json.loads(text)))
 
 
-@app.command()
-def plugins(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List the installed optimizers with their distribution and version, without importing one."""
-    from pipeline.registry import plugins as installed
+class _Backends(typer.core.TyperGroup):
+    """``pipeline plugins nevergrad`` is short for ``pipeline plugins show nevergrad``."""
 
-    rows = [(p.name, p.distribution, p.version, p.target) for p in installed()]
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            args = ["show", *args]
+        return super().resolve_command(ctx, args)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+plugins = typer.Typer(cls=_Backends, rich_markup_mode=None)
+app.add_typer(plugins, name="plugins")
+
+
+@plugins.callback(invoke_without_command=True)
+def list_plugins(
+    context: typer.Context,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Import each, and build each optimizer; status 1 if one fails.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the installed plugins with their distribution and version, without importing one.
+
+    \b
+    pipeline plugins
+    pipeline plugins --verify
+    pipeline plugins nevergrad            # the variants of an optimizer, with their options
+    pipeline plugins new my-method        # writes a plugin of your own
+    """
+    from pipeline.entry_points import Verdict, installed
+    from pipeline.entry_points import verify as tried
+
+    if context.invoked_subcommand:
+        return
+    verdicts = tried() if verify else [Verdict(plugin, "") for plugin in installed()]
+    keys = ["kind", "name", "distribution", "version", "object"]
+    rows = [[p.kind, p.name, p.distribution, p.version, p.target] for p in (v.plugin for v in verdicts)]
+    if verify:
+        keys.append("error" if as_json else "verdict")
+        rows = [[*row, v.error or ("" if as_json else "ok")] for row, v in zip(rows, verdicts, strict=True)]
+    _print_table(keys, rows, as_json)
+    if any(verdict.error for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@plugins.command("show")
+def show_backend(
+    backend: Annotated[str, typer.Argument(help="An optimizer of `pipeline plugins`.")],
+    as_json: Json = False,
+) -> None:
+    """List an optimizer's variants by family, with their options and defaults.
+
+    \b
+    pipeline plugins spsa
+    pipeline plugins nevergrad | grep DE
+    """
+    from pipeline.entry_points import load
+    from pipeline.registry import catalogue
+
+    rows: list[list[Any]] = []
+    for variant in catalogue(load("optimizer", backend)):
+        name = f"{backend}:{variant.name}" if variant.name else backend
+        options = variant.options if as_json else " ".join(f"{k}={v}" for k, v in variant.options.items())
+        rows.append([variant.family, name, options, variant.note])
+    _print_table(["family", "optimizer", "options", "note"], rows, as_json)
+
+
+@plugins.command("new")
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="The optimizer's name, as in --optimizer NAME.")],
+    into: Annotated[Path, typer.Option("--into", metavar="DIR", help="Where its folder is made.")] = Path(),
+) -> None:
+    """Write a distribution with an optimizer of your own: it installs, passes its test and trains as it is.
+
+    \b
+    pipeline plugins new demo && pip install ./demo && pytest demo
+    pipeline run --optimizer demo --forward-passes 200
+    """
+    from pipeline.scaffold import write_plugin
+
+    folder = _shown(write_plugin(name, into).resolve())
+    place = folder if os.path.isabs(folder) else f"./{folder}"  # pip takes a bare name for a package's
+    typer.echo(f"{place}: now pip install {place} && pytest {place}")
+
+
+def _print_table(keys: list[str], rows: list[list[Any]], as_json: bool) -> None:
+    """Rows under their keys, for a person or as JSON; empty last columns are left out."""
     if as_json:
-        keys = ("name", "distribution", "version", "target")
         typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
         return
-    table = [("optimizer", "distribution", "version", "object"), *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(3)]
+    table = [keys, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(keys))]
     for row in table:
-        typer.echo(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        )
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command()

@@ -54,6 +54,8 @@ class TrainConfig:
 
     # The optimizer: backend[:Name][,key=value…]; see `pipeline plugins`.
     optimizer: str = "spsa"
+    # What is minimised: cross_entropy, error, squared_error, margin[,width=1]; see `pipeline plugins`.
+    objective: str = "cross_entropy"
     # What is searched: full, biases, head, lora[,rank=8], projection[,dimension=1000].
     space: str = "head"
     # The budget, in forward passes of the model over one batch.
@@ -79,7 +81,7 @@ class PretrainConfig(TrainConfig):
     # false skips the stage's training: the model passes through as it is.
     enabled: bool = True
     # mlm, clm, or auto: what the model's architecture is for.
-    objective: str = "auto"
+    task: str = "auto"
     # Share of tokens masked (mlm).
     mask_probability: float = within(1e-6, 0.15, 1)
     # Examples of held-out text that measure the loss during training.

@@ -116,10 +116,10 @@ def pass_through(reference: str, folder: Path) -> None:
     load_tokenizer(location).save_pretrained(str(folder))
 
 
-def load_language_model(location: str, objective: str, seed: int, dtype: str = "float32") -> PreTrainedModel:
+def load_language_model(location: str, task: str, seed: int, dtype: str = "float32") -> PreTrainedModel:
     """The model with its language-modelling head, in eval mode.
 
-    ``objective`` is ``mlm`` or ``clm``, ``dtype`` a name that `choose_dtype` knows. Parts the checkpoint
+    ``task`` is ``mlm`` or ``clm``, ``dtype`` a name that `choose_dtype` knows. Parts the checkpoint
     lacks, such as a head that was never trained, are drawn from ``seed``.
 
     Raises:
@@ -127,12 +127,12 @@ def load_language_model(location: str, objective: str, seed: int, dtype: str = "
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    if objective == "clm" and self_supervised_objective(location) == "mlm":
+    if task == "clm" and self_supervised_task(location) == "mlm":
         raise UserError(
             f"{location} reads its text in both directions, so the next token is no secret to it: "
-            "use pretrain.objective=mlm"
+            "use pretrain.task=mlm"
         )
-    auto = AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
     with _loading(location), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = auto.from_pretrained(
@@ -142,7 +142,7 @@ def load_language_model(location: str, objective: str, seed: int, dtype: str = "
     return model
 
 
-def self_supervised_objective(location: str) -> str:
+def self_supervised_task(location: str) -> str:
     """``clm`` for a decoder, ``mlm`` for an encoder: what the model's architecture is for."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

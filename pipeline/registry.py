@@ -1,7 +1,4 @@
-"""Entry points to optimizers: ``backend[:Name][,key=value…]``.
-
-Built-ins come through the same door as anybody's: the entry-point group ``pipeline.optimizers``. Listing
-imports nothing; a backend is imported when it is chosen.
+"""From ``backend[:Name][,key=value…]`` to an optimizer.
 
 A backend is any callable ``backend(problem, *, option=default, …)`` that returns an `Optimizer` or an
 `AskTell`. If it has variants (``cmaes:SepCMA``, ``nevergrad:DE``) it takes the keyword ``name``. Options are
@@ -18,17 +15,15 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError, nearest, unknown
+from pipeline.entry_points import load
+from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
 
     from pipeline.optimizer import Optimizer, Problem
-
-GROUP = "pipeline.optimizers"
 
 
 @dataclass(frozen=True)
@@ -86,59 +81,6 @@ class Variant:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Plugin:
-    """One entry point: its name, the object it names, and the distribution it came with."""
-
-    name: str
-    target: str
-    distribution: str
-    version: str
-    entry_point: metadata.EntryPoint
-
-
-def plugins(group: str = GROUP) -> list[Plugin]:
-    """Every installed plugin of ``group``, by name, without importing one.
-
-    Raises:
-        UserError: two distributions offer the same name.
-    """
-    found: dict[str, Plugin] = {}
-    for entry in metadata.entry_points(group=group):
-        dist = entry.dist
-        plugin = Plugin(
-            entry.name, entry.value, dist.name if dist else "?", dist.version if dist else "?", entry
-        )
-        other = found.get(entry.name)
-        if other and (other.distribution, other.target) != (plugin.distribution, plugin.target):
-            raise UserError(
-                f"two distributions offer the optimizer '{entry.name}': {other.distribution} and "
-                f"{plugin.distribution}; uninstall one"
-            )
-        found[entry.name] = plugin
-    return [found[name] for name in sorted(found)]
-
-
-def load(backend: str) -> Callable[..., Any]:
-    """Imports the backend of that name.
-
-    Raises:
-        UserError: no such backend (the nearest is named), or its import failed (chained).
-    """
-    installed = {plugin.name: plugin for plugin in plugins()}
-    if backend not in installed:
-        raise unknown("optimizer", backend, installed)
-    plugin = installed[backend]
-    try:
-        target: Callable[..., Any] = plugin.entry_point.load()
-    except Exception as error:
-        raise UserError(
-            f"optimizer '{backend}' ({plugin.distribution} {plugin.version}) failed to import: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return target
-
-
 def create(spec: Spec, problem: Problem, defaults: dict[str, Any] | None = None) -> Optimizer:
     """Builds the optimizer a spec names, for a problem.
 
@@ -148,10 +90,63 @@ def create(spec: Spec, problem: Problem, defaults: dict[str, Any] | None = None)
     Raises:
         UserError: unknown backend, name or option, or a space the method cannot hold in memory.
     """
+    return _created(spec, load("optimizer", spec.backend), problem, defaults or {})
+
+
+def try_out(name: str, backend: Any) -> None:
+    """Builds ``backend``, or the first of its variants that can be had, for a few coordinates.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    import torch
+
+    from pipeline.optimizer import Problem
+
+    if not callable(backend):
+        raise UserError(f"optimizer '{name}' names a {type(backend).__name__}, which cannot be called")
+    problem = Problem(8, "head", 1000, 0, torch.device("cpu"))
+    try:
+        variants = [each.name for each in variants_of(backend) if not each.note]
+        _created(Spec(name, variants[0] if variants else None), backend, problem, {})
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"optimizer '{name}' cannot be built: {said}") from error
+
+
+def variants_of(backend: Any) -> list[Variant]:
+    """What may follow the backend's colon; empty where it has no variants, or does not say."""
+    declare = getattr(backend, "variants", None)
+    return list(declare()) if declare else []
+
+
+def catalogue(backend: Any) -> list[Variant]:
+    """`variants_of` a backend, or one of no name that has the options of its signature."""
+    return variants_of(backend) or [Variant("", "", options_of(backend))]
+
+
+def options_of(backend: Callable[..., Any]) -> dict[str, Any]:
+    """The options that a backend's signature names, with their defaults."""
+    parameters = inspect.signature(backend).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "name"}
+
+
+def declared_bytes(spec: Spec, backend: Callable[..., Any], problem: Problem) -> int | None:
+    """What the optimizer says it will take for ``problem``; None where it says nothing."""
+    declare = getattr(backend, "memory_bytes", None)
+    return None if declare is None else declare(problem, **check_options("optimizer", spec, backend))
+
+
+def _created(
+    spec: Spec, backend: Callable[..., Any], problem: Problem, defaults: dict[str, Any]
+) -> Optimizer:
     from pipeline.optimizer import AskTell, AskTellOptimizer, Optimizer
 
-    backend = load(spec.backend)
-    options = _checked_options(spec, backend, defaults or {})
+    offered = options_of(backend)
+    options = {key: value for key, value in defaults.items() if key in offered and value is not None}
+    options |= check_options("optimizer", spec, backend)
     _refuse_too_large(spec, backend, problem, options)
     built = backend(problem, **options)
     if isinstance(built, Optimizer):
@@ -163,21 +158,25 @@ def create(spec: Spec, problem: Problem, defaults: dict[str, Any] | None = None)
     )
 
 
-def _checked_options(spec: Spec, backend: Callable[..., Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(backend).parameters
-    named = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+def check_options(kind: str, spec: Spec, target: Callable[..., Any]) -> dict[str, Any]:
+    """The spec's options, and its ``name`` if it has one, as keywords for ``target``, a plugin of that kind.
+
+    Raises:
+        UserError: an option that its signature has not, a value of another type, or a name it does not take.
+    """
+    parameters = inspect.signature(target).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    options = {key: value for key, value in defaults.items() if key in named and value is not None}
+    options: dict[str, Any] = {}
     for key, value in spec.options.items():
-        if key not in named - {"name"} and not takes_any:
-            choices = sorted(named - {"name"})
+        choices = sorted(options_of(target))
+        if key not in choices and not takes_any:
             hint = nearest(key, choices) or f"; it takes {', '.join(choices) or 'no options'}"
-            raise UserError(f"optimizer '{spec.backend}' has no option '{key}'{hint}")
+            raise UserError(f"{kind} '{spec.backend}' has no option '{key}'{hint}")
         options[key] = _like_default(spec, key, value, parameters.get(key))
     if spec.name is not None:
-        if "name" not in named:
+        if "name" not in parameters:
             raise UserError(
-                f"optimizer '{spec.backend}' has no variants; write '{spec.backend}' without ':{spec.name}'"
+                f"{kind} '{spec.backend}' has no variants; write '{spec.backend}' without ':{spec.name}'"
             )
         options["name"] = spec.name
     return options

@@ -69,14 +69,14 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     from pipeline.optimizer import Problem
     from pipeline.registry import create
     from pipeline.space import parse
-    from pipeline.start import OBJECTIVES, training
+    from pipeline.start import SELF_SUPERVISED, training
 
     choose_device(config.device)
     choose_dtype(config.dtype)
     if "prepare" in stages:
         check_sources(config)
-    if config.pretrain.objective not in OBJECTIVES:
-        raise unknown("pretrain.objective", config.pretrain.objective, OBJECTIVES)
+    if config.pretrain.task not in SELF_SUPERVISED:
+        raise unknown("pretrain.task", config.pretrain.task, SELF_SUPERVISED)
     if not config.model.startswith("package:"):
         locate(config.model)
     used = [config.pretrain] if config.pretrain.enabled else []

@@ -8,19 +8,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
-from pipeline.errors import UserError, guarded
+from pipeline.entry_points import load
+from pipeline.errors import guarded
 from pipeline.layout import Layout, partial
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
     from pipeline.trainer import OnMeasure
 
-GROUP = "pipeline.stages"
 _POINTS = 500  # of a curve of steps: what a chart can show, and a database keep for every run
 ORDER = ("prepare", "pretrain", "finetune", "evaluate")
 
@@ -90,10 +89,7 @@ def run(name: str, config: Config, layout: Layout, *, resume: bool = False) -> d
     """
     from pipeline.tracking import track
 
-    found = {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
-    if name not in found:
-        raise UserError(f"the stage '{name}' is not installed; reinstall the package with pip install -e .")
-    stage: Stage = found[name].load()
+    stage: Stage = load("stage", name)
     with track(name, config, layout) as tracker:
         return stage(Context(config, layout, tracker, resume))
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from pipeline import objective
 from pipeline import space as spaces
 from pipeline.config import Config, TrainConfig
 from pipeline.data.prepare import load_corpus, load_task
@@ -23,7 +19,7 @@ from pipeline.models import (
     load_language_model,
     load_tokenizer,
     locate,
-    self_supervised_objective,
+    self_supervised_task,
 )
 from pipeline.noise import derive
 from pipeline.registry import Spec
@@ -36,7 +32,7 @@ from pipeline.trainer import Training
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OBJECTIVES = ("auto", "mlm", "clm")
+SELF_SUPERVISED = ("auto", "mlm", "clm")
 _SAMPLE = 256  # training texts that set the head's scale and bias
 
 
@@ -48,7 +44,7 @@ class Pretraining:
     tokenizer: PreTrainedTokenizerBase
     train: CorpusData
     validation: list[Batch]
-    objective: str
+    task: str
     space: spaces.Space
     seed: int
     batch_size: int
@@ -83,29 +79,29 @@ def pretraining(config: Config, layout: Layout) -> Pretraining:
         UserError: prepare has not run, the model cannot be loaded, or the space is not in it.
     """
     options, location = config.pretrain, locate(config.model)
-    objective = self_supervised_objective(location) if options.objective == "auto" else options.objective
+    task = self_supervised_task(location) if options.task == "auto" else options.task
     tokenizer = load_tokenizer(location)
     _check_length("pretrain", options, tokenizer, load_config(location))
-    if objective == "mlm" and tokenizer.mask_token_id is None:
-        raise UserError(f"{config.model} has no mask token; use pretrain.objective=clm")
+    if task == "mlm" and tokenizer.mask_token_id is None:
+        raise UserError(f"{config.model} has no mask token; use pretrain.task=clm")
     corpus = load_corpus(layout)
     data = {
         split: CorpusData(
             corpus[split]["text"],
             tokenizer,
             max_length=options.max_length,
-            objective=objective,
+            task=task,
             mask_probability=options.mask_probability,
         )
         for split in ("train", "validation")
     }
-    model = LanguageModel(load_language_model(location, objective, derive(config.seed, 6), config.dtype))
+    model = LanguageModel(load_language_model(location, task, derive(config.seed, 6), config.dtype))
     space = _searched(options, model, config)
     validation = validation_batches(
         data["validation"], options.validation_examples, options.batch_size, config.seed
     )
     return Pretraining(
-        model, tokenizer, data["train"], validation, objective, space, config.seed, options.batch_size
+        model, tokenizer, data["train"], validation, task, space, config.seed, options.batch_size
     )
 
 
@@ -173,6 +169,7 @@ def training(options: TrainConfig, config: Config, patience: int = 0) -> Trainin
         evaluate_every=options.evaluate_every,
         run_seed=config.seed,
         patience=patience,
+        objective=objective.parse(options.objective),
         provenance=config.to_dict(),
         defaults={key: value for key, value in offered.items() if value is not None},
     )
@@ -194,39 +191,3 @@ def _searched(options: TrainConfig, model: Any, config: Config) -> spaces.Space:
     for parameter in model.parameters():
         parameter.requires_grad_(True)  # the yardstick needs it; PEFT freezes what it wraps
     return spaces.build(spec, model, config.seed)
-
-
-class PeakMemory:
-    """The peak memory of a block in MiB: of a CUDA device, else of the process's resident set.
-
-    ``mib`` is there after the block. The kernel's own peak is set back at its start where it lets us (Linux);
-    elsewhere the peak is that of the process so far.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.mib = 0.0
-
-    def __enter__(self) -> PeakMemory:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.mib = self._peak() / 2**20
-
-    def _peak(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        status = Path("/proc/self/status")
-        if status.is_file():
-            found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-            if found:
-                return int(found.group(1)) * 1024
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
+from pipeline.objective import Objective, cross_entropy
 from pipeline.optimizer import BudgetSpent, Problem
 from pipeline.registry import Spec, create
 from pipeline.space import Space
@@ -40,6 +41,7 @@ class Training:
     evaluate_every: int
     run_seed: int
     patience: int = 0
+    objective: Objective = cross_entropy
     defaults: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -110,7 +112,7 @@ class _Loop:
         problem = Problem(space.size, space.kind, training.forward_passes, training.run_seed, space.device)
         self.training = training
         self.optimizer = create(training.optimizer, problem, training.defaults)
-        self.engine = Engine(model, space, training.forward_passes, training.run_seed)
+        self.engine = Engine(model, space, training.forward_passes, training.run_seed, training.objective)
         self.best = _Best(space, training.patience)
         self.result = Result(0, 0.0, 0, [])
         self._measure = measure

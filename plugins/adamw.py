@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from pipeline.errors import UserError
 from pipeline.optimizer import Evaluator, Problem, StepReport
 
 
@@ -34,7 +36,11 @@ class AdamW:
         self._loaded: dict[str, Any] | None = None
 
     def step(self, evaluator: Evaluator) -> StepReport:
-        """One update from one gradient."""
+        """One update from one gradient.
+
+        Raises:
+            UserError: the loss or its gradient is not finite.
+        """
         tensors = evaluator.tensors()
         if self._adam is None:
             self._adam = self._build(tensors)
@@ -42,12 +48,17 @@ class AdamW:
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(tensors, self.max_norm)
+        if not math.isfinite(loss) or not bool(norm.isfinite()):
+            raise UserError(
+                f"the loss or its gradient is not finite (loss {loss:g}): the run has diverged; "
+                f"lower learning_rate (now {self.learning_rate:g})"
+            )
         self._adam.step()
         self._adam.zero_grad()
         return StepReport(loss, {"gradient_norm": float(norm)})
 
     def state_dict(self) -> dict[str, Any]:
-        return self._adam.state_dict() if self._adam else {}
+        return self._adam.state_dict() if self._adam else self._loaded or {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loaded = state or None

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline import start
 from pipeline.evaluation import features, measure
 from pipeline.models import merge_lora, save_lora
+from pipeline.peak_memory import PeakMemory
 from pipeline.stage import Context, fresh_folder, script, write_metrics
 from pipeline.tasks.classification import START_FILE
 from pipeline.trainer import train
@@ -40,7 +41,7 @@ def _finetune(context: Context, folder: Path) -> dict[str, float]:
     validation = begin.validation.by_length(config.finetune.batch_size)
     kept = features(begin.model, validation) if space.only_in(begin.model.head_parameters()) else None
     with (
-        start.PeakMemory(space.device) as memory,
+        PeakMemory(space.device) as memory,
         context.training_progress("finetune", training.forward_passes) as (on_step, on_measure),
     ):
         result = train(

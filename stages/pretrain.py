@@ -33,7 +33,7 @@ def _pretrain(context: Context, folder: Path) -> dict[str, float]:
     begin = start.pretraining(config, context.layout)
     training = start.training(config.pretrain, config)
     context.say(
-        f"pretrain: {begin.objective}, {training.optimizer} over {training.space} "
+        f"pretrain: {begin.task}, {training.optimizer} over {training.space} "
         f"({begin.space.size:,} coordinates), {training.forward_passes:,} forward passes"
     )
     with context.training_progress("pretrain", training.forward_passes) as (on_step, on_measure):

@@ -27,10 +27,10 @@ from tests.conftest import sentences
 SPACES = ["full", "biases", "head", "lora,rank=2", "projection,dimension=50", "full,encoder_scale=0.1"]
 
 
-def language_model(folder: Path, objective: str, dtype: str = "float32") -> tuple[LanguageModel, Batch]:
+def language_model(folder: Path, task: str, dtype: str = "float32") -> tuple[LanguageModel, Batch]:
     tokenizer = load_tokenizer(str(folder))
-    data = CorpusData(sentences(20)[0], tokenizer, max_length=16, objective=objective, mask_probability=0.3)
-    return LanguageModel(load_language_model(str(folder), objective, 0, dtype)), data.batch(range(8), seed=1)
+    data = CorpusData(sentences(20)[0], tokenizer, max_length=16, task=task, mask_probability=0.3)
+    return LanguageModel(load_language_model(str(folder), task, 0, dtype)), data.batch(range(8), seed=1)
 
 
 def classifier(folder: Path, dtype: str = "float32") -> tuple[TextClassifier, Batch]:
@@ -345,7 +345,7 @@ def test_a_search_of_the_head_encodes_each_row_once(bert: Path) -> None:
 def test_masks_follow_80_10_10_and_spare_special_tokens(bert: Path) -> None:
     tokenizer = load_tokenizer(str(bert))
     texts = sentences(400)[0]
-    data = CorpusData(texts, tokenizer, max_length=16, objective="mlm", mask_probability=0.15)
+    data = CorpusData(texts, tokenizer, max_length=16, task="mlm", mask_probability=0.15)
     kept = masked = total = eligible = 0
     for step in range(10):
         batch = data.batch(range(len(data)), seed=step)

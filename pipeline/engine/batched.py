@@ -27,14 +27,14 @@ class CannotBatch(Exception):
 
 
 def repeated(batch: Batch, lanes: int) -> Batch:
-    """The batch ``lanes`` times over, one copy after another."""
+    """The batch's inputs ``lanes`` times over, one copy after another; targets, the same in each, once."""
     positions = batch.positions
     if positions is not None:
         tokens = batch.inputs["input_ids"].numel()
         offsets = tokens * torch.arange(lanes, device=positions.device)
         positions = (offsets[:, None] + positions).flatten()
     inputs = {name: tensor.repeat(lanes, *[1] * (tensor.dim() - 1)) for name, tensor in batch.inputs.items()}
-    return replace(batch, inputs=inputs, targets=batch.targets.repeat(lanes), positions=positions)
+    return replace(batch, inputs=inputs, positions=positions)
 
 
 class Source(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline import noise
 from pipeline.engine.scorer import Scorer
 from pipeline.errors import UserError
-from pipeline.objective import cross_entropy
+from pipeline.objective import Objective, cross_entropy
 from pipeline.optimizer import BudgetSpent, Candidate, LowRank, Move
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
@@ -30,17 +30,25 @@ class StepRecord:
 
 
 class Engine:
-    """Binds batches to evaluators for one model, space and budget."""
+    """Binds batches to evaluators for one model, space, budget and objective."""
 
-    def __init__(self, model: TaskModel, space: Space, budget: int, run_seed: int) -> None:
+    def __init__(
+        self,
+        model: TaskModel,
+        space: Space,
+        budget: int,
+        run_seed: int,
+        objective: Objective = cross_entropy,
+    ) -> None:
         self.model = model.eval()
+        self.objective = objective
         self.space = space
         self.budget = budget
         self.run_seed = run_seed
         self.forward_passes = 0
         space.fused = noise.worth_fusing(space.elements * budget)
         self._head_only = space.only_in(model.head_parameters())
-        self._scorer = Scorer(model, space)
+        self._scorer = Scorer(model, space, objective)
         self._kept: dict[int, Tensor] = {}
 
     @property
@@ -82,7 +90,11 @@ class Engine:
         return self._scorer.losses(batch, features, candidates).tolist()
 
     def gradient(self, batch: Batch, step: int) -> tuple[float, list[Tensor]]:
-        """The loss and its gradient, with dropout as in training; counts as three forward passes."""
+        """The loss and its gradient, with dropout as in training; counts as three forward passes.
+
+        Raises:
+            UserError: the objective has none.
+        """
         self.spend(3)
         tensors = [searched.parameter for searched in self.space.tensors]
         cuda = [self.space.device] if self.space.device.type == "cuda" else []
@@ -90,7 +102,12 @@ class Engine:
             torch.manual_seed(noise.derive(self.run_seed, 4, step))
             self.model.train()
             try:
-                loss = cross_entropy(self.model(batch), batch.targets)
+                loss = self.objective(self.model(batch), batch.targets)
+                if not loss.requires_grad:
+                    raise UserError(
+                        "this optimizer needs a gradient, which the objective has not; "
+                        "choose the objective cross_entropy or another optimizer"
+                    )
                 gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
             finally:
                 self.model.eval()

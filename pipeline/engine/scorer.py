@@ -11,7 +11,8 @@ from torch import Tensor
 from pipeline.engine.batched import CannotBatch, LowRankSource, ManyPoints, Source, Stacked, repeated
 from pipeline.engine.modules import Point, SearchedModules
 from pipeline.engine.onthefly import OnePoint, Scratch
-from pipeline.objective import cross_entropies_
+from pipeline.errors import UserError
+from pipeline.objective import Objective
 from pipeline.optimizer import Candidate, Seeded
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
@@ -33,8 +34,9 @@ class Scorer:
     layers keep the lanes apart: what that gives is held, once, against one by one.
     """
 
-    def __init__(self, model: TaskModel, space: Space) -> None:
+    def __init__(self, model: TaskModel, space: Space, objective: Objective) -> None:
         self._model = model
+        self._objective = objective
         self._space = space
         self._modules = SearchedModules(model, space)
         self._scratch = Scratch()
@@ -82,7 +84,6 @@ class Scorer:
             assert features is not None
             sizes.add(len(features))
             features = features.repeat(lanes, *[1] * (features.dim() - 1))
-            batch = replace(batch, targets=batch.targets.repeat(lanes))
         point = ManyPoints(self._source(candidates), lanes, sizes, ids)
         return self._forward(batch, features, lanes, point)
 
@@ -96,7 +97,13 @@ class Scorer:
         with self._modules.at(point):
             logits = self._model(batch) if features is None else self._model.outputs(features)
         self._classes = logits.shape[-1]
-        return cross_entropies_(logits, batch.targets).view(lanes, -1).mean(1)
+        losses = self._objective(logits.reshape(lanes, -1, self._classes), batch.targets)
+        if not isinstance(losses, Tensor) or losses.shape != (lanes,):
+            made = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise UserError(
+                f"the objective gave {made} for {lanes} candidates; it must give a tensor of a loss for each"
+            )
+        return losses.float()
 
     def _lanes(
         self, batch: Batch, features: Tensor | None, candidates: Sequence[Candidate]

@@ -85,14 +85,14 @@ class CorpusData:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int,
-        objective: str,
+        task: str,
         mask_probability: float,
     ) -> None:
         tokens = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
         self._tokens = [row for row in tokens if len(row) > 2]
         self._tokenizer = tokenizer
         self._special = np.asarray(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
-        self._objective = objective
+        self._task = task
         self._probability = mask_probability
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class CorpusData:
     def batch(self, rows: Sequence[int], seed: int) -> Batch:
         """The batch of those rows; for ``mlm`` the masks are drawn from ``seed``."""
         inputs = pad([self._tokens[i] for i in rows], self._tokenizer.pad_token_id)
-        if self._objective == "clm":
+        if self._task == "clm":
             return self._next_tokens(inputs)
         return self._masked(inputs, np.random.default_rng(seed))
 

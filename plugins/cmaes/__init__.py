@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import unknown
 from pipeline.optimizer import Problem
+from pipeline.registry import Variant, options_of
 from plugins.cmaes.full import CMA
 from plugins.cmaes.separable import SepCMA
 from plugins.cmaes.strategy import CMAES
@@ -42,7 +43,14 @@ def memory_bytes(
     return _variant(problem, name).memory_bytes(problem, population_size)
 
 
-cmaes.memory_bytes = memory_bytes  # type: ignore[attr-defined]  # where `pipeline.registry` looks for it
+def variants() -> list[Variant]:
+    """Each variant; their options are the same."""
+    return [Variant(name, "evolution strategy", options_of(cmaes)) for name in VARIANTS]
+
+
+# where `pipeline.registry` looks for them
+cmaes.memory_bytes = memory_bytes  # type: ignore[attr-defined]
+cmaes.variants = variants  # type: ignore[attr-defined]
 
 
 def _variant(problem: Problem, name: str | None) -> type[CMAES]:

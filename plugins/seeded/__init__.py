@@ -11,10 +11,13 @@ damps directions of high curvature; ``spsa:LazyLowRank`` perturbs matrices in lo
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pipeline.errors import UserError, unknown
 from pipeline.optimizer import Problem
+from pipeline.registry import Variant, options_of
 from plugins.seeded.base import SeededOptimizer
 from plugins.seeded.curvature_clipped import CurvatureClipped
 from plugins.seeded.evolution import Evolution, LowRankEvolution
@@ -106,6 +109,26 @@ def _built(
         raise unknown(f"variant of {backend}", name, variants)
     given = {key: value for key, value in special.items() if value}
     for key in given:
-        if key not in inspect.signature(variants[name]).parameters:
+        if not _takes(variants[name], key):
             raise UserError(f"'{backend}:{name}' has no option '{key}'; a low-rank variant of {backend} has")
     return variants[name](problem, **options, **given)
+
+
+SPECIAL = ("rank", "refresh", "momentum")  # options that not all variants take
+
+
+def _takes(variant: type[SeededOptimizer], option: str) -> bool:
+    return option not in SPECIAL or option in inspect.signature(variant).parameters
+
+
+def _variants(backend: Callable[..., Any], variants: dict[str, type[SeededOptimizer]]) -> list[Variant]:
+    options = options_of(backend)
+    return [
+        Variant(name, backend.__name__, {key: options[key] for key in options if _takes(variant, key)})
+        for name, variant in variants.items()
+    ]
+
+
+# where `pipeline.registry` looks for them
+spsa.variants = partial(_variants, spsa, SPSA)  # type: ignore[attr-defined]
+es.variants = partial(_variants, es, ES)  # type: ignore[attr-defined]
