@@ -24,6 +24,7 @@ from pipeline.layout import Layout, project_root
 from pipeline.objective import cross_entropy
 from pipeline.optimizer import BudgetSpent, Problem
 from pipeline.registry import Spec, create
+from pipeline.tasks.base import Start
 
 TARGET = 0.46  # nats; zero-shot starts at 0.53, a whole run of 40,000 passes ends near 0.43, a probe at 0.41
 BUDGET = 12_000
@@ -50,7 +51,7 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
 class Setting:
     """The task with every feature kept, and what to begin each run from."""
 
-    begin: start.Finetuning
+    begin: Start
     space: Any
     before: list[torch.Tensor]
     features: torch.Tensor
@@ -62,9 +63,9 @@ def setting(device: torch.device) -> Setting:
     """The default run's task; its pretrained model must be there."""
     root = project_root()
     config = replace(read(root / "params.yaml"), device=str(device))
-    begin = start.classifier(config, Layout(root))
-    space = start.finetuning_space(config, begin)
-    batches = [batch.to(space.device) for batch in begin.validation.by_length(64)]
+    begin = start.begin(config, Layout(root), "finetune", None)
+    space = start.space(config.finetune, config, begin.model)
+    batches = [batch.to(space.device) for batch in begin.validation]
     with torch.inference_mode():
         features = torch.cat([begin.model.features(batch) for batch in batches])
     return Setting(begin, space, space.snapshot(), features, torch.cat([batch.targets for batch in batches]))

@@ -229,8 +229,9 @@ def list_plugins(
     pipeline plugins nevergrad            # the variants of an optimizer, with their options
     pipeline plugins new my-method        # writes a plugin of your own
     """
-    from pipeline.entry_points import Verdict, installed
-    from pipeline.entry_points import verify as tried
+    from pipeline.entry_points import installed
+    from pipeline.verification import Verdict
+    from pipeline.verification import verify as tried
 
     if context.invoked_subcommand:
         return

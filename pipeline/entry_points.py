@@ -1,4 +1,4 @@
-"""Plugins of every kind, built-ins included: found without an import, loaded when chosen, tried on request.
+"""Plugins of every kind, built-ins included: found without an import, loaded when chosen.
 
 A distribution offers one by an entry point in the kind's group. What stands behind it may have an attribute
 ``api_version``, the version of the plugin interface it was written for; without one it is taken to fit.
@@ -66,16 +66,22 @@ def load(kind: str, name: str) -> Any:
         raise unknown(kind, name, by_name)
     first, *others = by_name[name]
     if others:
-        raise _ambiguous([first, *others])
-    return _imported(first)
+        raise ambiguous([first, *others])
+    return imported(first)
 
 
-def _ambiguous(rivals: list[Plugin]) -> UserError:
+def ambiguous(rivals: list[Plugin]) -> UserError:
+    """The error for a name that several distributions offer."""
     offers = " and ".join(f"{p.distribution} {p.version}" for p in rivals)
     return UserError(f"{rivals[0].kind} '{rivals[0].name}' is offered by {offers}; uninstall all but one")
 
 
-def _imported(plugin: Plugin) -> Any:
+def imported(plugin: Plugin) -> Any:
+    """The object behind the plugin.
+
+    Raises:
+        UserError: its import failed (chained), or it is of another interface.
+    """
     try:
         target = plugin.entry_point.load()
     except (Exception, SystemExit) as error:
@@ -91,33 +97,3 @@ def _imported(plugin: Plugin) -> Any:
             f"{API_VERSION}; upgrade {older}"
         )
     return target
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of trying a plugin: ``error`` is the line that a user who chooses it would get, or empty."""
-
-    plugin: Plugin
-    error: str
-
-
-def verify(kinds: Iterable[str] = GROUPS) -> list[Verdict]:
-    """Imports every plugin, and builds every optimizer for a few coordinates. Nothing is raised."""
-    plugins = installed(kinds)
-    verdicts = []
-    for plugin in plugins:
-        rivals = [other for other in plugins if (other.kind, other.name) == (plugin.kind, plugin.name)]
-        try:
-            if len(rivals) > 1:
-                raise _ambiguous(rivals)
-            target = _imported(plugin)
-            if plugin.kind == "optimizer":
-                from pipeline.registry import try_out
-
-                try_out(plugin.name, target)
-            elif not callable(target):
-                raise UserError(f"{plugin} names a {type(target).__name__}, which cannot be called")
-            verdicts.append(Verdict(plugin, ""))
-        except UserError as error:
-            verdicts.append(Verdict(plugin, str(error)))
-    return verdicts

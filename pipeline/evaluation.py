@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pipeline.objective import cross_entropy
 from pipeline.tasks.base import Batch, TaskModel
-from pipeline.tasks.classification import ClassificationData
 
 
 @torch.inference_mode()
@@ -64,19 +63,23 @@ def accuracy(hits: np.ndarray) -> dict[str, float]:
     }
 
 
-def majority(train: ClassificationData, test: ClassificationData) -> dict[str, float]:
+def majority(train: Sequence[Batch], test: Sequence[Batch]) -> dict[str, float]:
     """Always the most frequent label of the training split."""
-    most = np.bincount(train.labels).argmax()
-    return accuracy(test.labels == most)
+    most = np.bincount(_targets(train)).argmax()
+    return accuracy(_targets(test) == most)
 
 
 def linear_probe(
-    model: TaskModel, train: ClassificationData, validation: ClassificationData, test: ClassificationData
+    model: TaskModel, train: Sequence[Batch], validation: Sequence[Batch], test: Sequence[Batch]
 ) -> dict[str, float]:
     """Logistic regression on frozen features; its regularisation is chosen on the validation split."""
     from sklearn.linear_model import LogisticRegression
 
-    (x, y), (xv, yv), (xt, yt) = (_features(model, split) for split in (train, validation, test))
+    x, xv, xt = (
+        torch.cat([each.float().cpu() for each in features(model, batches)]).numpy()
+        for batches in (train, validation, test)
+    )
+    y, yv, yt = (_targets(batches) for batches in (train, validation, test))
     fits = [LogisticRegression(C=c, max_iter=2000).fit(x, y) for c in (1e-3, 1e-2, 1e-1, 1.0)]
     best = max(fits, key=lambda fit: float(fit.score(xv, yv)))
     logits = torch.from_numpy(best.predict_log_proba(xt))
@@ -84,7 +87,5 @@ def linear_probe(
     return {"loss": float(loss), **accuracy(best.predict(xt) == yt)}
 
 
-def _features(model: TaskModel, data: ClassificationData) -> tuple[np.ndarray, np.ndarray]:
-    batches = data.by_length(64)
-    found = [each.float().cpu() for each in features(model, batches)]
-    return torch.cat(found).numpy(), torch.cat([batch.targets for batch in batches]).numpy()
+def _targets(batches: Sequence[Batch]) -> np.ndarray:
+    return torch.cat([batch.targets for batch in batches]).numpy()

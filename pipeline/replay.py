@@ -50,13 +50,8 @@ def replay(layout: Layout, stage: str, out: Path | None = None) -> Replayed:
         raise UserError(f"--out {out} is a file, or the run's own folder; name another folder")
     trajectory = Trajectory.read(folder / FILE)
     config: Config = configuration.build(trajectory.header.config, source=str(folder / FILE))
-    begin: start.Pretraining | start.Finetuning
-    if stage == "pretrain":
-        begin = start.pretraining(config, layout)
-        space = begin.space
-    else:
-        begin = start.classifier(config, layout, head=folder / START_FILE)
-        space = start.finetuning_space(config, begin)
+    begin = start.begin(config, layout, stage, folder)
+    space = start.space(config.pretrain if stage == "pretrain" else config.finetune, config, begin.model)
     digest = trajectory.replay(space)
     if space.kind == "lora":
         merge_lora(begin.model.encoder)

@@ -69,16 +69,18 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     from pipeline.optimizer import Problem
     from pipeline.registry import create
     from pipeline.space import parse
-    from pipeline.start import SELF_SUPERVISED, training
+    from pipeline.start import task, training
 
     choose_device(config.device)
     choose_dtype(config.dtype)
     if "prepare" in stages:
         check_sources(config)
-    if config.pretrain.task not in SELF_SUPERVISED:
-        raise unknown("pretrain.task", config.pretrain.task, SELF_SUPERVISED)
     if not config.model.startswith("package:"):
         locate(config.model)
+    if config.pretrain.enabled and config.pretrain.task != "auto":
+        task(config, "pretrain")
+    if config.prepare.task != "none":
+        task(config, "finetune")
     used = [config.pretrain] if config.pretrain.enabled else []
     for options in [*used, *([config.finetune] if config.prepare.task != "none" else [])]:
         plan = training(options, config)

@@ -6,10 +6,11 @@ import dataclasses
 
 from pipeline import start
 from pipeline.config import FinetuneConfig
-from pipeline.evaluation import linear_probe, majority, measure, measure_with_interval
+from pipeline.evaluation import measure, measure_with_interval
+from pipeline.models import choose_device
 from pipeline.report import table, verdict, write_report
 from pipeline.stage import Context, read_metrics, script, write_metrics
-from pipeline.tasks.classification import START_FILE, TextClassifier
+from pipeline.tasks.base import Start
 from pipeline.trainer import train
 
 
@@ -17,7 +18,7 @@ def evaluate(context: Context) -> dict[str, float]:
     """Writes ``metrics.json``, the plots and the report."""
     config, layout = context.config, context.layout
     metrics = {**read_metrics(layout.pretrained / "metrics.json")}
-    if config.prepare.task == "classification":
+    if config.prepare.task != "none":
         metrics.update(read_metrics(layout.finetuned / "metrics.json"))
         metrics = _test(context, metrics)
     write_metrics(layout.metrics, metrics)
@@ -34,16 +35,14 @@ def evaluate(context: Context) -> dict[str, float]:
 
 
 def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
-    config = context.config
-    begin = start.classifier(config, context.layout, head=context.layout.finetuned / START_FILE)
-    test = begin.test.by_length(config.finetune.batch_size)
-    result = TextClassifier.load(context.layout.finetuned).to(next(begin.model.parameters()).device)
-    rows = {"test": measure_with_interval(result, test)}
-    write_metrics(context.layout.metrics, {**metrics, **_flat(rows)})  # whatever becomes of the yardsticks
+    config, layout = context.config, context.layout
+    task = start.task(config, "finetune")
+    begin = task.start(config, layout, layout.finetuned)
+    result = task.load(layout.finetuned).to(choose_device(config.device))
+    rows = {"test": measure_with_interval(result, begin.test)}
+    write_metrics(layout.metrics, {**metrics, **_flat(rows)})  # whatever becomes of the yardsticks
     if config.evaluate.baselines:
-        rows["majority"] = majority(begin.train, begin.test)
-        rows["zero_shot"] = measure_with_interval(begin.model, test)
-        rows["linear_probe"] = linear_probe(begin.model, begin.train, begin.validation, begin.test)
+        rows |= task.yardsticks(begin)
         rows["adamw"] = _adamw(context, begin)
     return {**metrics, **_flat(rows)}
 
@@ -52,20 +51,20 @@ def _flat(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     return {f"{row}/{key}": value for row, figures in rows.items() for key, value in figures.items()}
 
 
-def _adamw(context: Context, begin: start.Finetuning) -> dict[str, float]:
+def _adamw(context: Context, begin: Start) -> dict[str, float]:
     """The same start, data order and budget, by backpropagation; the best validation loss is kept."""
     config, options = context.config, context.config.evaluate
     yardstick: FinetuneConfig = dataclasses.replace(
         config.finetune,
         optimizer="adamw",
+        objective="cross_entropy",
         space="full",
         learning_rate=options.adamw_learning_rate,
         evaluate_every=options.adamw_evaluate_every,
     )
     as_run = dataclasses.replace(config, finetune=yardstick)
     begin.model.float()  # small steps would be lost in half precision: no fair yardstick
-    space = start.finetuning_space(as_run, begin)
-    validation = begin.validation.by_length(yardstick.batch_size)
+    space = start.space(yardstick, as_run, begin.model)
     training = start.training(yardstick, as_run, options.adamw_patience)
     with context.training_progress("adamw", training.forward_passes) as (on_step, _):
         result = train(
@@ -73,10 +72,10 @@ def _adamw(context: Context, begin: start.Finetuning) -> dict[str, float]:
             begin.model,
             space,
             begin.batch,
-            lambda: measure(begin.model, validation),
+            lambda: measure(begin.model, begin.validation),
             on_step=on_step,
         )
-    figures = measure_with_interval(begin.model, begin.test.by_length(yardstick.batch_size))
+    figures = measure_with_interval(begin.model, begin.test)
     return {**figures, "forward_passes": result.forward_passes, "seconds": result.seconds}
 
 

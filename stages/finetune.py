@@ -9,7 +9,6 @@ from pipeline.evaluation import features, measure
 from pipeline.models import merge_lora, save_lora
 from pipeline.peak_memory import PeakMemory
 from pipeline.stage import Context, fresh_folder, script, write_metrics
-from pipeline.tasks.classification import START_FILE
 from pipeline.trainer import train
 from pipeline.trajectory import FILE
 
@@ -31,15 +30,14 @@ def finetune(context: Context) -> dict[str, float]:
 
 def _finetune(context: Context, folder: Path) -> dict[str, float]:
     config, layout = context.config, context.layout
-    begin = start.classifier(config, layout, head=folder / START_FILE)
-    space = start.finetuning_space(config, begin)
+    begin = start.begin(config, layout, "finetune", folder)
+    space = start.space(config.finetune, config, begin.model)
     training = start.training(config.finetune, config, config.finetune.patience)
     context.say(
         f"finetune: {training.optimizer} over {training.space} ({space.size:,} coordinates), "
         f"{training.forward_passes:,} forward passes"
     )
-    validation = begin.validation.by_length(config.finetune.batch_size)
-    kept = features(begin.model, validation) if space.only_in(begin.model.head_parameters()) else None
+    kept = features(begin.model, begin.validation) if space.only_in(begin.model.head_parameters()) else None
     with (
         PeakMemory(space.device) as memory,
         context.training_progress("finetune", training.forward_passes) as (on_step, on_measure),
@@ -49,7 +47,7 @@ def _finetune(context: Context, folder: Path) -> dict[str, float]:
             begin.model,
             space,
             begin.batch,
-            lambda: measure(begin.model, validation, kept),
+            lambda: measure(begin.model, begin.validation, kept),
             trajectory=folder / FILE,
             resume=context.resume,
             on_step=on_step,

@@ -30,17 +30,18 @@ def pretrain(context: Context) -> dict[str, float]:
 
 def _pretrain(context: Context, folder: Path) -> dict[str, float]:
     config = context.config
-    begin = start.pretraining(config, context.layout)
+    begin = start.begin(config, context.layout, "pretrain", folder)
+    space = start.space(config.pretrain, config, begin.model)
     training = start.training(config.pretrain, config)
     context.say(
-        f"pretrain: {begin.task}, {training.optimizer} over {training.space} "
-        f"({begin.space.size:,} coordinates), {training.forward_passes:,} forward passes"
+        f"pretrain: {start.task_name(config, 'pretrain')}, {training.optimizer} over {training.space} "
+        f"({space.size:,} coordinates), {training.forward_passes:,} forward passes"
     )
     with context.training_progress("pretrain", training.forward_passes) as (on_step, on_measure):
         result = train(
             training,
             begin.model,
-            begin.space,
+            space,
             begin.batch,
             lambda: measure(begin.model, begin.validation),
             trajectory=folder / FILE,

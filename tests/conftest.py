@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+collect_ignore = ["plugins"]  # distributions of their own, tested where they are installed
+
 ADJECTIVES = {"up": ["good", "great", "fine"], "down": ["bad", "poor", "dull"]}
 OTHERS = ["the", "a", "film", "story", "plot", "it", "was", "is", "and", "not", "slow", "long", "short"]
 WORDS = [*OTHERS, *ADJECTIVES["up"], *ADJECTIVES["down"]]

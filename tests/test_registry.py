@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib import metadata
 from typing import Any
 
 import pytest
 
-from pipeline import registry
+from pipeline.entry_points import GROUPS, installed, load
 from pipeline.errors import UserError
 from pipeline.optimizer import Problem
-from pipeline.registry import Spec, create, plugins
+from pipeline.registry import Spec, catalogue, create, variants_of
 
 SMALL = Problem(10, "head", 100, 0)
 
@@ -62,27 +61,22 @@ def test_a_space_too_large_is_refused_before_anything_is_built() -> None:
         create(Spec.parse("cmaes:CMA"), whole_model)
 
 
-def test_two_distributions_of_one_name_are_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dist:
-        def __init__(self, name: str) -> None:
-            self.name, self.version = name, "1"
-
-    class Entry:
-        name, value = "spsa", "a:b"
-
-        def __init__(self, dist: str) -> None:
-            self.dist = Dist(dist)
-
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [Entry("one"), Entry("two")])
-    with pytest.raises(UserError, match="one and two"):
-        plugins()
+def test_every_backend_says_which_variants_it_has() -> None:
+    for backend, some in {"spsa": "OneSided", "es": "LowRank", "cmaes": "SepCMA"}.items():
+        variants = {variant.name: variant.options for variant in variants_of(load("optimizer", backend))}
+        assert some in variants
+        for name, options in variants.items():
+            create(Spec(backend, name, options), SMALL)
+    assert "rank" not in {v.name: v.options for v in variants_of(load("optimizer", "spsa"))}["TwoPoint"]
+    assert [variant.name for variant in catalogue(load("optimizer", "adamw"))] == [""]
 
 
-def test_a_plugin_that_fails_to_import_is_named_when_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = metadata.EntryPoint("broken", "no_such_module_at_all:Thing", registry.GROUP)
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [entry])
-    with pytest.raises(UserError, match="failed to import: ModuleNotFoundError"):
-        create(Spec.parse("broken"), SMALL)
+def test_built_ins_of_every_kind_come_through_the_door() -> None:
+    names = {kind: {plugin.name for plugin in installed([kind])} for kind in GROUPS}
+    assert {"spsa", "es", "cmaes", "nevergrad", "adamw"} <= names["optimizer"]
+    assert {"classification", "mlm", "clm"} <= names["task"]
+    assert {"cross_entropy", "error", "squared_error", "margin"} <= names["objective"]
+    assert names["stage"] == {"prepare", "pretrain", "finetune", "evaluate"}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plugins"]])

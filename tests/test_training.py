@@ -109,7 +109,9 @@ def test_replay_of_told_losses_gives_the_same_bits(
     spec: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = registry.load
-    monkeypatch.setattr(registry, "load", lambda name: OnePlusOne if name == "mine" else load(name))
+    monkeypatch.setattr(
+        registry, "load", lambda kind, name: OnePlusOne if name == "mine" else load(kind, name)
+    )
     result, after = run(bert, spec, "head", 150, tmp_path / "t.jsonl")
     assert result.curve[-1][1]["loss"] < result.curve[0][1]["loss"]
     again = searched("head", classifier(bert)[0])

@@ -18,13 +18,13 @@ from pipeline.config import Config, PrepareConfig
 from pipeline.data import card as cards
 from pipeline.data.sources import Rows, load, must_exist, read, select
 from pipeline.data.splits import CorpusSplits, Example, TaskSplits, split_corpus, split_task
+from pipeline.entry_points import installed
 from pipeline.errors import UserError, unknown
 from pipeline.layout import Layout
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-TASKS = ("classification", "none")
 # The word among the sources of the corpus that stands for the task's own training texts.
 OWN_TEXT = "task"
 
@@ -59,8 +59,9 @@ def check_sources(config: Config) -> None:
         UserError: an unknown task, or a file that is not there.
     """
     wanted = config.prepare
-    if wanted.task not in TASKS:
-        raise unknown("task", wanted.task, TASKS)
+    tasks = ["none", *(plugin.name for plugin in installed(["task"]))]
+    if wanted.task not in tasks:
+        raise unknown("task", wanted.task, tasks)
     files = [wanted.train, wanted.validation, wanted.test] if wanted.task != "none" else []
     for source in [*files, *wanted.corpus]:
         if source is not None and source != OWN_TEXT:

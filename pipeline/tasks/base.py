@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.config import Config
+    from pipeline.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,10 @@ class TaskModel(nn.Module):
         encoder = {id(parameter) for parameter in self.encoder.parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in encoder]
 
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes what `Task.load` and the tools of the ecosystem read."""
+        raise NotImplementedError
+
     def add_lora(self, rank: int, seed: int) -> None:
         """Adds low-rank factors to every linear layer of the encoder; the output is unchanged by it."""
         from pipeline.models import with_lora
@@ -72,3 +83,48 @@ class BatchSource(Protocol):
     """Batches by number: the same number gives the same batch, whatever came before."""
 
     def __call__(self, step: int) -> Batch: ...
+
+
+@dataclass
+class Start:
+    """Where a stage's training starts: a model on its device in eval mode, and batches.
+
+    ``batch`` gives the batches to train on; ``train``, ``validation`` and ``test`` every example once, the
+    first and last empty where nothing is measured on them.
+    """
+
+    model: TaskModel
+    tokenizer: PreTrainedTokenizerBase
+    batch: BatchSource
+    validation: list[Batch]
+    train: list[Batch] = field(default_factory=list)
+    test: list[Batch] = field(default_factory=list)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A kind of task, behind the entry-point group ``pipeline.tasks``: a class, called without arguments.
+
+    ``reads`` is what of the prepared data it starts from: ``task``, labelled text, for the finetune stage;
+    ``corpus``, unlabelled text, for pretraining.
+    """
+
+    reads: ClassVar[str]
+
+    def start(self, config: Config, layout: Layout, folder: Path | None) -> Start:
+        """The model, its data and its head; the same for the same arguments.
+
+        What must not be computed again on another machine is kept in ``folder``, and taken from there.
+
+        Raises:
+            UserError: an earlier stage has not run, or parameters that do not fit.
+        """
+        ...
+
+    def load(self, folder: Path) -> TaskModel:
+        """The finished model that `TaskModel.save` wrote, in eval mode."""
+        ...
+
+    def yardsticks(self, start: Start) -> dict[str, dict[str, float]]:
+        """What the result stands beside, by name: figures on the test, made without training by steps."""
+        ...

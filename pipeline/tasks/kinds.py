@@ -1,0 +1,159 @@
+"""The built-in tasks: where they start from, what they stand beside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pipeline.config import Config, TrainConfig
+from pipeline.data.prepare import load_corpus, load_task
+from pipeline.errors import UserError
+from pipeline.evaluation import linear_probe, majority, measure_with_interval
+from pipeline.layout import Layout
+from pipeline.models import (
+    choose_device,
+    load_config,
+    load_encoder,
+    load_language_model,
+    load_tokenizer,
+    locate,
+)
+from pipeline.noise import derive
+from pipeline.tasks.base import Batch, Start
+from pipeline.tasks.batching import shuffled
+from pipeline.tasks.classification import (
+    START_FILE,
+    ClassificationData,
+    TextClassifier,
+    describe,
+    start_head,
+)
+from pipeline.tasks.language_modelling import CorpusData, LanguageModel, validation_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SAMPLE = 256  # training texts that set the head's scale and bias
+
+
+class Classification:
+    """Text classification by the pretrained encoder, under a head that starts from label descriptions."""
+
+    reads: ClassVar[str] = "task"
+
+    def start(self, config: Config, layout: Layout, folder: Path | None) -> Start:
+        """The classifier before training, which is also the zero-shot one. Its head is kept in ``folder``.
+
+        Raises:
+            UserError: an earlier stage has not run, or descriptions that do not fit the labels.
+        """
+        if not (layout.pretrained / "config.json").is_file():
+            raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
+        options, location = config.finetune, str(layout.pretrained)
+        rows, tokenizer = load_task(layout), load_tokenizer(location)
+        encoder = load_encoder(location, config.dtype)
+        _check_length("finetune", options, tokenizer, encoder.config)
+        if not 1 <= options.pooled_layers <= encoder.config.num_hidden_layers:
+            raise UserError(
+                f"finetune.pooled_layers is {options.pooled_layers}; "
+                f"the model has {encoder.config.num_hidden_layers} layers"
+            )
+        labels = rows["train"].features["label"].names
+        data = {split: ClassificationData(rows[split], tokenizer, options.max_length) for split in rows}
+        train = data["train"]
+        model = TextClassifier(encoder, encoder.config.hidden_size, labels, options.pooled_layers)
+        model.eval().to(choose_device(config.device))
+        head = folder / START_FILE if folder else None
+        if head and head.is_file():
+            model.load_head(head)
+        else:
+            sample = train.batch(shuffled(len(train), _SAMPLE, derive(config.seed, 7), 0))
+            start_head(model, tokenizer, describe(labels, options.descriptions), sample)
+            if head:
+                model.save_head(head)
+
+        def batch(step: int) -> Batch:
+            return train.batch(shuffled(len(train), options.batch_size, config.seed, step))
+
+        whole = {split: data[split].by_length(options.batch_size) for split in data}
+        return Start(model, tokenizer, batch, whole["validation"], whole["train"], whole["test"])
+
+    def load(self, folder: Path) -> TextClassifier:
+        return TextClassifier.load(folder)
+
+    def yardsticks(self, start: Start) -> dict[str, dict[str, float]]:
+        """The most frequent label, the classifier as it starts, and a linear probe on its features."""
+        return {
+            "majority": majority(start.train, start.test),
+            "zero_shot": measure_with_interval(start.model, start.test),
+            "linear_probe": linear_probe(start.model, start.train, start.validation, start.test),
+        }
+
+
+class _LanguageModelling:
+    """Self-supervised learning on the corpus."""
+
+    reads: ClassVar[str] = "corpus"
+    name: ClassVar[str]
+
+    def start(self, config: Config, layout: Layout, folder: Path | None) -> Start:
+        """The language model and its corpus.
+
+        Raises:
+            UserError: prepare has not run, or the model cannot be loaded.
+        """
+        options, location = config.pretrain, locate(config.model)
+        tokenizer = load_tokenizer(location)
+        _check_length("pretrain", options, tokenizer, load_config(location))
+        if self.name == "mlm" and tokenizer.mask_token_id is None:
+            raise UserError(f"{config.model} has no mask token; use pretrain.task=clm")
+        corpus = load_corpus(layout)
+        data = {
+            split: CorpusData(
+                corpus[split]["text"],
+                tokenizer,
+                max_length=options.max_length,
+                task=self.name,
+                mask_probability=options.mask_probability,
+            )
+            for split in ("train", "validation")
+        }
+        train = data["train"]
+        loaded = load_language_model(location, self.name, derive(config.seed, 6), config.dtype)
+
+        def batch(step: int) -> Batch:
+            """Each with masks of its own."""
+            rows = shuffled(len(train), options.batch_size, config.seed, step)
+            return train.batch(rows, derive(config.seed, 5, step))
+
+        validation = validation_batches(
+            data["validation"], options.validation_examples, options.batch_size, config.seed
+        )
+        return Start(LanguageModel(loaded), tokenizer, batch, validation)
+
+    def load(self, folder: Path) -> LanguageModel:
+        return LanguageModel(load_language_model(str(folder), self.name, 0, "auto"))
+
+    def yardsticks(self, start: Start) -> dict[str, dict[str, float]]:
+        return {}
+
+
+class MaskedLM(_LanguageModelling):
+    """Masked language modelling (Devlin et al. 2019)."""
+
+    name = "mlm"
+
+
+class CausalLM(_LanguageModelling):
+    """Causal language modelling."""
+
+    name = "clm"
+
+
+def _check_length(section: str, options: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    positions = getattr(model, "max_position_embeddings", None) or tokenizer.model_max_length
+    longest = min(tokenizer.model_max_length, positions)
+    if options.max_length > longest:
+        raise UserError(
+            f"{section}.max_length is {options.max_length}; the model takes at most {longest:,} tokens"
+        )
