@@ -20,6 +20,7 @@ from benchmarks.harness import Row, main
 from pipeline import start
 from pipeline.config import read
 from pipeline.engine.evaluator import Engine
+from pipeline.entry_points import installed
 from pipeline.layout import Layout, project_root
 from pipeline.objective import cross_entropy
 from pipeline.optimizer import BudgetSpent, Problem
@@ -44,6 +45,12 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "es/8": ("es,sigma=0.01,population_size=8", (5e-3, 1e-2)),
     "es:LowRank/8": ("es:LowRank,sigma=0.01,population_size=8", (5e-3, 1e-2)),
     "SepCMA": ("cmaes:SepCMA", (0.01, 0.03)),
+}
+# other libraries behind the same door; measured where tests/plugins are installed
+PEERS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "cyberagent:SepCMA": ("cyberagent:SepCMA", (0.01, 0.03)),
+    "zo:adam/8": ("zo:adam,epsilon=0.01,directions=8", (1e-3, 3e-3, 1e-2)),
+    "zo:lion/8": ("zo:lion,epsilon=0.01,directions=8", (3e-4, 1e-3, 3e-3)),
 }
 
 
@@ -97,8 +104,8 @@ def best(method: str, device: torch.device) -> tuple[str, list[int]]:
     """A method's best setting and the passes of each seed at it."""
     at = setting(device)
     engine = Engine(at.begin.model, at.space, BUDGET, run_seed=0)
-    spec, rates = METHODS[method]
-    option = "sigma" if spec.startswith("cmaes") else "learning_rate"
+    spec, rates = {**METHODS, **PEERS}[method]
+    option = "sigma" if "SepCMA" in spec else "learning_rate"
     tried: dict[str, list[int]] = {}
     for rate in rates:
         head, comma, rest = spec.partition(",")
@@ -126,5 +133,7 @@ def passes_ratio(device: torch.device) -> Row:
 
 
 if __name__ == "__main__":
-    every = {f"passes/{method}": functools.partial(passes, method) for method in METHODS}
+    there = {plugin.name for plugin in installed(["optimizer"])}
+    peers = [method for method in PEERS if Spec.parse(PEERS[method][0]).backend in there]
+    every = {f"passes/{method}": functools.partial(passes, method) for method in [*METHODS, *peers]}
     main({**every, "forward_passes_ratio": passes_ratio})
