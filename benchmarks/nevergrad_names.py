@@ -46,14 +46,26 @@ def drive(name: str) -> None:
         raise ValueError("recommends a point that is not finite")
 
 
-def outcome(variant: Variant) -> tuple[str, str]:
+def attempt(name: str) -> tuple[str, str]:
     """One of `OUTCOMES`, and the line that explains it."""
-    kind, line = _within_limit(variant.name)
+    try:
+        drive(name)
+    except UserError as error:
+        line = str(error).removeprefix(f"nevergrad:{name} ")
+        unclear = "\n" in line or line.startswith("failed with")
+        return ("failed" if unclear else "refused"), line
+    except Exception as error:
+        return "failed", repr(error)
+    return "ran", ""
+
+
+def checked(variant: Variant, kind: str, line: str) -> tuple[str, str]:
+    """The outcome and its line, or failed where they belie the variant's note."""
     noted = variant.note.startswith("needs ")
     if kind == "ran" and noted:
         return "failed", f"ran, though it is listed as one that {variant.note}"
     if kind == "refused" and not (noted and variant.note in line):
-        return "failed", f"is listed with the note '{variant.note}', but: {line}"
+        return "failed", f"listed with the note '{variant.note}', but {line}"
     return kind, line
 
 
@@ -74,15 +86,7 @@ def _within_limit(name: str) -> tuple[str, str]:
 
 def _report(name: str, answer: Connection) -> None:
     torch.set_num_threads(1)
-    try:
-        drive(name)
-        answer.send(("ran", ""))
-    except UserError as error:
-        line = str(error).removeprefix(f"nevergrad:{name} ")
-        unclear = "\n" in line or line.startswith("failed with")
-        answer.send(("failed" if unclear else "refused", line))
-    except BaseException as error:
-        answer.send(("failed", repr(error)))
+    answer.send(attempt(name))
 
 
 @cache
@@ -91,7 +95,7 @@ def outcomes() -> dict[str, dict[str, list[str]]]:
     drive("OnePlusOne")  # imports everything
     found: dict[str, dict[str, list[str]]] = {kind: defaultdict(list) for kind in OUTCOMES}
     for variant in Nevergrad.variants():
-        kind, line = outcome(variant)
+        kind, line = checked(variant, *_within_limit(variant.name))
         found[kind][line].append(variant.name)
     for kind in ("refused", "failed"):
         for line, names in found[kind].items():

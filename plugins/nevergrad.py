@@ -13,6 +13,7 @@ import importlib.util
 import io
 import math
 import re
+import textwrap
 import threading
 import time
 import warnings
@@ -129,7 +130,7 @@ class Nevergrad:
             raise UserError(f"nevergrad: num_workers must be at least 1, not {num_workers}")
         self.name, factory = _lookup(name)
         if factory.no_parallelization and num_workers > 1:
-            raise UserError(f"nevergrad:{self.name} works on one candidate at a time; leave num_workers at 1")
+            raise _one_at_a_time(self.name)
         self._factory = _configured(self.name, factory, options)
         self._problem, self._sigma, self._num_workers = problem, sigma, num_workers
         self._start()
@@ -310,7 +311,7 @@ def _await_threads() -> None:
 
 
 def _failure(name: str, error: BaseException) -> UserError:
-    """One line for whatever nevergrad raised: the library it misses, or the error itself."""
+    """One line for whatever nevergrad raised: what the optimizer cannot do here, or the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ModuleNotFoundError) and cause.name:
@@ -320,8 +321,14 @@ def _failure(name: str, error: BaseException) -> UserError:
                 "install it or choose another optimizer"
             )
         cause = cause.__cause__ or cause.__context__
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if "does not support parallelization" in str(error):  # a part of it: its factory does not say so
+        return _one_at_a_time(name)
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150, placeholder="…")
     return UserError(f"nevergrad:{name} failed with {reason}; choose another optimizer or other options")
+
+
+def _one_at_a_time(name: str) -> UserError:
+    return UserError(f"nevergrad:{name} works on one candidate at a time; leave num_workers at 1")
 
 
 @functools.cache
@@ -333,11 +340,13 @@ def _registry() -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import nevergrad
-            from nevergrad.optimization.recaster import _MessagingThread
+            from nevergrad.optimization.recaster import RecastOptimizer, _MessagingThread
     finally:
         np.random.set_state(outside)
     # a thread that waits for its next loss would keep the interpreter from ending
     _MessagingThread.daemon = True
+    # one that is refused half made would complain of its missing thread when it is collected
+    RecastOptimizer._messaging_thread = None
     registry = nevergrad.optimizers.registry
     return {name.strip(): registry[name] for name in registry}
 
