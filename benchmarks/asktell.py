@@ -7,6 +7,7 @@ What a method refuses, such as a space that it cannot hold, is a note on stderr 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from functools import cache, partial
@@ -29,15 +30,15 @@ METHODS = (
     "cmaes:SepCMA",
 )
 DIMENSIONS = {"1e3": 1_000, "1e5": 100_000, "1e6": 1_000_000}
-# a round is longer than the populations of DE and PSO, so that the first, which is not counted, fills them
-CANDIDATES, ROUNDS = 48, 5
+WARM = 48  # candidates that are not counted: more than the first populations of DE and PSO, drawn cheaply
+CANDIDATES, ROUNDS = 8, 5  # at least so many a round
 PASSES = 1_000  # a short run's budget: more than is spent here, and some methods hold what grows with it
 
 
 def share(spec: str, dimension: str, device: torch.device) -> Row | None:
     """Ask and tell of one candidate over one forward pass."""
     try:
-        candidates, work = asking(spec, DIMENSIONS[dimension], device)
+        candidates, work = asking_telling(spec, DIMENSIONS[dimension], device)
         seconds = interleaved({"ask and tell": work, "forward": forward(device)}, ROUNDS, device)
     except UserError as error:
         note(f"{spec} at {dimension}: {error}")
@@ -46,8 +47,8 @@ def share(spec: str, dimension: str, device: torch.device) -> Row | None:
     return Row.of(f"asktell/{spec}/{dimension}", "of a forward", ratios(each, seconds["forward"]))
 
 
-def asking(spec: str, size: int, device: torch.device) -> tuple[int, Callable[[], None]]:
-    """How many candidates a call of the function asks for and tells, and the function.
+def asking_telling(spec: str, size: int, device: torch.device) -> tuple[int, Callable[[], None]]:
+    """How many candidates a call of the function asks for and tells, and the function; the method is warm.
 
     Raises:
         UserError: the method refuses.
@@ -57,13 +58,14 @@ def asking(spec: str, size: int, device: torch.device) -> tuple[int, Callable[[]
         raise UserError(f"'{spec}' owns its step: there is no ask and tell to time")
     method: AskTell = optimizer.method
     population, noise = len(method.ask()), random.Random(0)
-    asks = -(-CANDIDATES // population)
+    asks = math.ceil(CANDIDATES / population)
 
-    def work() -> None:
+    def work(asks: int = asks) -> None:
         for _ in range(asks):
             asked = method.ask()
             method.tell(asked, [noise.gauss(0.0, 1.0) for _ in asked])
 
+    work(math.ceil(WARM / population))
     return asks * population, work
 
 

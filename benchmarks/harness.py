@@ -82,7 +82,7 @@ def main(measurements: dict[str, Measurement]) -> None:
 
 def _line(row: Row) -> str:
     spread = f"[{row.low:.4g}, {row.high:.4g}]"
-    return f"{row.name:28} {row.value:10.4g} {row.unit:12} {spread:24} {row.runs} runs"
+    return f"{row.name:33} {row.value:10.4g} {row.unit:12} {spread:24} {row.runs} runs"
 
 
 def _machine(device: torch.device) -> str:
