@@ -183,7 +183,10 @@ class Nevergrad:
 
     @staticmethod
     def variants() -> list[Variant]:
-        """Every name of the registry, by family and name, with its options and what keeps it from running."""
+        """Every name of the registry, by family and name, with its options and what keeps it from running.
+
+        Names that choose others by dimension and budget may still meet one that misses its package.
+        """
         found = [
             Variant(name, _family(factory), _options(factory), _limit(name, factory))
             for name, factory in _registry().items()
