@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-Measurement = Callable[[torch.device], "Row"]
+# a method that cannot be measured says why by `note` and gives no row
+Measurement = Callable[[torch.device], "Row | None"]
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ def main(measurements: dict[str, Measurement]) -> None:
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    _note(_machine(device))
+    note(_machine(device))
     rows = []
     for name in [arguments.only] if arguments.only else measurements:
         if (busy := os.getloadavg()[0]) > 0.5 * (os.cpu_count() or 1) and not rows:
-            _note(f"this machine is busy (load {busy:.1f}): do not trust the figures")
-        rows.append(measurements[name](device))
+            note(f"this machine is busy (load {busy:.1f}): do not trust the figures")
+        if (row := measurements[name](device)) is None:
+            continue
+        rows.append(row)
         if not arguments.json:
             print(_line(rows[-1]), flush=True)
     if arguments.json:
@@ -79,7 +82,7 @@ def main(measurements: dict[str, Measurement]) -> None:
 
 def _line(row: Row) -> str:
     spread = f"[{row.low:.4g}, {row.high:.4g}]"
-    return f"{row.name:28} {row.value:10.4g} {row.unit:12} {spread:24} {row.runs} runs"
+    return f"{row.name:33} {row.value:10.4g} {row.unit:12} {spread:24} {row.runs} runs"
 
 
 def _machine(device: torch.device) -> str:
@@ -95,7 +98,8 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Prints what is not a figure, to stderr."""
     print(f"# {text}", file=sys.stderr, flush=True)
 
 

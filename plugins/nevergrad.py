@@ -3,19 +3,22 @@
 nevergrad offers no state to save but a pickle of itself. An optimizer is a function of its seed and of the
 losses it was told, though, so those losses are its state here, and loading them asks and tells again. To make
 that hold, whatever nevergrad draws from numpy's global generator comes from a private state that is put in
-place for the length of a call: see `_Enclosure`, which also mends a few defaults of the libraries below.
+place for the length of a call: see `_Enclosure`, which also mends a few habits of the libraries below.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import io
 import math
 import re
+import textwrap
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError, nearest, unknown
 from pipeline.optimizer import Explicit, Problem
+from pipeline.registry import Variant
 
 # told in place of a loss that is not finite: nevergrad would accept −inf as the best
 WORST_LOSS = 1e10
@@ -39,11 +43,53 @@ DISTRIBUTIONS = {
     "poap": "pySOT",
     "pybobyqa": "Py-BOBYQA",
 }
+# the module that names need, which nevergrad imports when it is asked: benchmarks.nevergrad_names tries all
+MODULES = (
+    ("AXP?$", "ax"),
+    ("BOBYQA$", "pybobyqa"),
+    ("FCMA(s03|p13)?$", "fcmaes"),
+    ("NLOPT", "nlopt"),
+    ("PCABO|BayesOptim", "bayes_optim"),
+    ("Pymoo", "pymoo"),
+    ("SMAC", "ConfigSpace"),
+    ("pysot", "poap"),
+)
+
+# What people call the classes behind the names, first match in a class and then its bases.
+FAMILIES = {
+    "ParametrizedOnePlusOne": "one-plus-one",
+    "DifferentialEvolution": "differential evolution",
+    "ParametrizedCMA": "CMA",
+    "MetaCMA": "CMA",
+    "ConfPSO": "particle swarm",
+    "EvolutionStrategy": "evolution strategy",
+    "ParametrizedTBPSA": "estimation of distribution",
+    "EMNA": "estimation of distribution",
+    "EDA": "estimation of distribution",
+    "cGA": "estimation of distribution",
+    "RandomSearchMaker": "random search",
+    "SamplingSearch": "quasi-random and one-shot sampling",
+    "NonObjectOptimizer": "run by another library",
+    "Pymoo": "run by another library",
+    "ParametrizedBO": "Bayesian optimization",
+    "BayesOptim": "Bayesian optimization",
+    "AXP": "Bayesian optimization",
+    "ParametrizedMetaModel": "surrogate model",
+    "ConfSplitOptimizer": "split by coordinates",
+    "NoisySplit": "split by coordinates",
+    "NGOptBase": "chosen by dimension and budget",
+    "MultipleSingleRuns": "several side by side",
+    "ConfPortfolio": "several side by side",
+    "Portfolio": "several side by side",
+    "Chaining": "several in turn",
+    "Rescaled": "another one rescaled",
+}
+OTHER = "other"
 
 # What the names hold, first match: square matrices, vectors, and vectors for each evaluation up to a number.
 # Measured at 1,500, 100,000 and 1,000,000 coordinates, rounded up; whatever may choose CMA counts as it.
 _MATRICES = (9, 60, 4, 100)
-_FAMILIES = (
+_HELD = (
     ("MetaModel|Chain|Memetic|Split|(?<!Diagonal)CMA|BFGS|SQP|Powell|Cobyla|BO|Carola|EDA", _MATRICES),
     ("TBPSA|EMNA|LHS|LQO|Lhs", (0, 60, 4, math.inf)),
     ("DE|PSO|ES|Search|Recentering|DiagonalCMA", (0, 60, 4, 100)),
@@ -84,7 +130,7 @@ class Nevergrad:
             raise UserError(f"nevergrad: num_workers must be at least 1, not {num_workers}")
         self.name, factory = _lookup(name)
         if factory.no_parallelization and num_workers > 1:
-            raise UserError(f"nevergrad:{self.name} works on one candidate at a time; leave num_workers at 1")
+            raise _one_at_a_time(self.name)
         self._factory = _configured(self.name, factory, options)
         self._problem, self._sigma, self._num_workers = problem, sigma, num_workers
         self._start()
@@ -136,6 +182,19 @@ class Nevergrad:
             self.tell(self.ask(), losses)
 
     @staticmethod
+    def variants() -> list[Variant]:
+        """Every name of the registry, by family and name, with its options and what keeps it from running.
+
+        Names that choose others by dimension and budget may still meet one that misses its package.
+        """
+        found = [
+            Variant(name, _family(factory), _options(factory), _limit(name, factory))
+            for name, factory in _registry().items()
+        ]
+        order = {family: place for place, family in enumerate([*FAMILIES.values(), OTHER])}
+        return sorted(found, key=lambda variant: (order[variant.family], variant.name))
+
+    @staticmethod
     def memory_bytes(problem: Problem, *, name: str | None = None, **options: Any) -> int:
         """A coarse bound of what the optimizer holds, by its name; raises UserError for an unknown one."""
         return _memory_bytes(_lookup(name)[0], problem)
@@ -158,12 +217,14 @@ class Nevergrad:
 
 
 class _Enclosure:
-    """Where calls into nevergrad are made: no warnings, failures in one line, and in place for their length
+    """Where calls into nevergrad are made: silent, failures in one line, and in place for their length
 
     - this run's own state of numpy's global generator;
     - cma with step-size adaptation by CSA and no seeding of numpy from the clock: from 300 coordinates its
       own choice fails when tells do not come generation by generation (cma 4.5);
-    - archives of told points bounded by `ARCHIVE_BYTES`, those of optimizers inside optimizers too.
+    - archives of told points bounded by `ARCHIVE_BYTES`, those of optimizers inside optimizers too;
+    - an optimizer in a thread that was not told of its last point gives random points, as nevergrad has one
+      do that has ended, where it would wait for ever: chains and portfolios lose some losses of their parts.
     """
 
     def __init__(self, name: str, seed: int, random_state: np.random.RandomState) -> None:
@@ -177,7 +238,7 @@ class _Enclosure:
         outside = np.random.get_state()
         np.random.set_state(self._global)
         try:
-            with warnings.catch_warnings(), _mended_defaults():
+            with warnings.catch_warnings(), redirect_stdout(io.StringIO()), _mended_defaults():
                 warnings.simplefilter("ignore")
                 yield
                 _await_threads()
@@ -200,6 +261,7 @@ class _Enclosure:
 @contextmanager
 def _mended_defaults() -> Iterator[None]:
     import cma
+    from nevergrad.optimization.recaster import SequentialRecastOptimizer
     from nevergrad.optimization.utils import Pruning
 
     defaults = cma.CMAOptions.defaults()
@@ -211,13 +273,33 @@ def _mended_defaults() -> Iterator[None]:
         fitting = ARCHIVE_BYTES // (16 * dimension)  # each point is a key and a value
         return pruning if pruning.max_len <= fitting else Pruning(max(1, fitting // 4), max(4, fitting))
 
+    waiting = SequentialRecastOptimizer._internal_ask_candidate
+
+    def never_waiting(optimizer: Any) -> Any:
+        if not _is_untold(optimizer._messaging_thread):
+            return waiting(optimizer)
+        point = optimizer._rng.normal(0, 1, optimizer.dimension)
+        return optimizer.parametrization.spawn_child().set_standardized_data(point)
+
     defaults.update(AdaptSigma=cma.sigma_adaptation.CMAAdaptSigmaCSA, seed=math.nan)
     Pruning.sensible_default = bounded
+    SequentialRecastOptimizer._internal_ask_candidate = never_waiting
     try:
         yield
     finally:
         defaults.update(kept)
         Pruning.sensible_default = conservative
+        SequentialRecastOptimizer._internal_ask_candidate = waiting
+
+
+def _is_untold(thread: Any) -> bool:
+    """Whether the thread waits for the answer to a question that was taken: it has put no other."""
+    return (
+        thread is not None
+        and thread.is_alive()
+        and thread.messages_ask.empty()
+        and thread.messages_ask.unfinished_tasks > thread.messages_tell.unfinished_tasks
+    )
 
 
 def _await_threads() -> None:
@@ -232,7 +314,7 @@ def _await_threads() -> None:
 
 
 def _failure(name: str, error: BaseException) -> UserError:
-    """One line for whatever nevergrad raised: the library it misses, or the error itself."""
+    """One line for whatever nevergrad raised: what the optimizer cannot do here, or the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ModuleNotFoundError) and cause.name:
@@ -242,8 +324,14 @@ def _failure(name: str, error: BaseException) -> UserError:
                 "install it or choose another optimizer"
             )
         cause = cause.__cause__ or cause.__context__
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if "does not support parallelization" in str(error):  # a part of it: its factory does not say so
+        return _one_at_a_time(name)
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150, placeholder="…")
     return UserError(f"nevergrad:{name} failed with {reason}; choose another optimizer or other options")
+
+
+def _one_at_a_time(name: str) -> UserError:
+    return UserError(f"nevergrad:{name} works on one candidate at a time; leave num_workers at 1")
 
 
 @functools.cache
@@ -255,11 +343,13 @@ def _registry() -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import nevergrad
-            from nevergrad.optimization.recaster import _MessagingThread
+            from nevergrad.optimization.recaster import RecastOptimizer, _MessagingThread
     finally:
         np.random.set_state(outside)
     # a thread that waits for its next loss would keep the interpreter from ending
     _MessagingThread.daemon = True
+    # one that is refused half made would complain of its missing thread when it is collected
+    RecastOptimizer._messaging_thread = None
     registry = nevergrad.optimizers.registry
     return {name.strip(): registry[name] for name in registry}
 
@@ -276,7 +366,7 @@ def _lookup(name: str | None) -> tuple[str, Any]:
 
 
 def _memory_bytes(name: str, problem: Problem) -> int:
-    matrices, vectors, more, at_most = next(held for pattern, held in _FAMILIES if re.search(pattern, name))
+    matrices, vectors, more, at_most = next(held for pattern, held in _HELD if re.search(pattern, name))
     evaluations = min(problem.forward_passes, at_most, 4 * problem.size + 100)
     archive = 2 * min(ARCHIVE_BYTES, 1000 * 16 * problem.size)
     return int(8 * problem.size * (matrices * problem.size + vectors + more * evaluations)) + archive
@@ -286,17 +376,41 @@ def _configured(name: str, factory: Any, options: dict[str, Any]) -> Any:
     """The optimizer with its own configuration changed by ``options``."""
     if not options:
         return factory
-    config = {} if isinstance(factory, type) else factory.config()
+    known = _options(factory)
     for key in options:
-        if key not in config:
-            hint = (
-                nearest(key, config) or f"; it takes {', '.join(sorted(['num_workers', 'sigma', *config]))}"
-            )
+        if key not in known:
+            hint = nearest(key, known) or f"; it takes {', '.join(sorted(['num_workers', 'sigma', *known]))}"
             raise UserError(f"optimizer 'nevergrad:{name}' has no option '{key}'{hint}")
     try:
-        return type(factory)(**{**config, **options})
+        return type(factory)(**{**factory.config(), **options})
     except Exception as error:
         raise _failure(name, error) from error
+
+
+def _options(factory: Any) -> dict[str, Any]:
+    """What a person can set, with defaults: the part of the configuration that is plain data."""
+    config = {} if isinstance(factory, type) else factory.config()
+    return {key: value for key, value in config.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _family(factory: Any) -> str:
+    """The entry of `FAMILIES` for the class that a name stands for or was configured from."""
+    bases = (factory if isinstance(factory, type) else type(factory)).__mro__
+    return next((FAMILIES[base.__name__] for base in bases if base.__name__ in FAMILIES), OTHER)
+
+
+def _limit(name: str, factory: Any) -> str:
+    """The package that the name misses here, or that it cannot be asked for many candidates, or nothing."""
+    module = next((module for pattern, module in MODULES if re.match(pattern, name)), None)
+    if module and importlib.util.find_spec(module) is None:
+        return f"needs {DISTRIBUTIONS.get(module, module)}, which is not installed"
+    return "one candidate at a time" if factory.no_parallelization else ""
 
 
 def _seed(problem: Problem, purpose: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 import warnings
@@ -18,9 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.nevergrad_names import attempt, checked
 from pipeline.errors import UserError
 from pipeline.optimizer import AskTell, Problem
-from plugins.nevergrad import ARCHIVE_BYTES, WORST_LOSS, Nevergrad
+from pipeline.registry import Spec, Variant, create
+from plugins.nevergrad import ARCHIVE_BYTES, OTHER, WORST_LOSS, Nevergrad
 
 FAMILIES = [
     "OnePlusOne",
@@ -52,6 +55,8 @@ RESUMED = [
     "CmaFmin2",
     "Carola9",
 ]
+# one of them misses a package; benchmarks.nevergrad_names tries every name
+SAMPLE = random.Random(5).sample(Nevergrad.variants(), 25)
 
 
 def problem(size: int = 20, forward_passes: int = 300, seed: int = 0) -> Problem:
@@ -85,6 +90,7 @@ def test_fills_in_the_protocol() -> None:
     assert torch.equal(method.recommend(), torch.zeros(7))
     candidates = method.ask()
     assert [c.coordinates.shape for c in candidates] == [(7,)] * 3
+    assert len({tuple(c.coordinates.tolist()) for c in candidates}) == 3
     assert all(c.coordinates.dtype == torch.float32 for c in candidates)
     assert all(
         torch.equal(a.coordinates, b.coordinates) for a, b in zip(candidates, method.ask(), strict=True)
@@ -137,10 +143,12 @@ def test_runs_depend_on_their_seed_alone() -> None:
 def test_global_state_is_as_before(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """The first four draw from numpy's global generator, two of them in a thread."""
     import cma
+    from nevergrad.optimization.recaster import SequentialRecastOptimizer
     from nevergrad.optimization.utils import Pruning
 
     torch_state, filters = torch.get_rng_state(), list(warnings.filters)
     defaults, pruning = dict(cma.CMAOptions.defaults()), Pruning.sensible_default
+    asking = SequentialRecastOptimizer._internal_ask_candidate
     np.random.seed(123)
     expected = np.random.random(4).tolist()
     np.random.seed(123)
@@ -152,6 +160,7 @@ def test_global_state_is_as_before(name: str, capfd: pytest.CaptureFixture[str])
     assert warnings.filters == filters
     assert defaults == cma.CMAOptions.defaults()
     assert Pruning.sensible_default == pruning
+    assert SequentialRecastOptimizer._internal_ask_candidate == asking
     assert capfd.readouterr() == ("", "")
 
 
@@ -167,6 +176,15 @@ def test_a_loss_that_is_not_finite_is_never_the_best(name: str, bad: float) -> N
     assert quadratic(method.recommend()) < quadratic(torch.zeros(20))
     assert float(method.recommend()[0]) >= -0.05
     assert max(max(losses) for losses in method.state_dict()["losses"]) == WORST_LOSS
+
+
+def test_losses_reach_nevergrad_as_floats() -> None:
+    method, told = Nevergrad(problem(), name="OnePlusOne", num_workers=3), []
+    method._optimizer.register_callback("tell", lambda _optimizer, _point, loss: told.append(loss))
+    given: list[Any] = [np.float32(1.5), torch.tensor(2.5), 3]
+    method.tell(method.ask(), given)
+    assert told == [1.5, 2.5, 3.0]
+    assert {type(loss) for loss in told} == {float}
 
 
 @pytest.mark.parametrize("name", ["CMA", "OldCMA", "DiagonalCMA"])
@@ -224,19 +242,99 @@ def test_refuses_in_one_line(options: dict[str, Any], said: str) -> None:
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize(("name", "needed"), [("AX", "ax-platform"), ("FCMA", "fcmaes")])
-def test_a_missing_library_is_named(name: str, needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "needed"), [("AX", "ax-platform"), ("AXP", "ax-platform"), ("FCMA", "fcmaes")]
+)
+def test_a_missing_library_is_named(
+    name: str, needed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     for module in ("ax", "fcmaes"):
         monkeypatch.setitem(sys.modules, module, None)  # as if not installed, should it be
     with pytest.raises(UserError, match=f"needs {needed}, which is not installed") as caught:
         Nevergrad(problem(), name=name).ask()
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # nevergrad prints of AXP
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("DS9", "nevergrad:DS9 works on one candidate at a time; leave num_workers at 1"),
+        ("Carola3", "nevergrad:Carola3 failed with AssertionError: .*…; choose another optimizer"),
+    ],
+)
+def test_what_only_fails_with_several_workers_is_one_short_line(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        run(Nevergrad(problem(6, 60), name=name, num_workers=2), 30)
+    assert len(str(caught.value)) < 300
 
 
 def test_a_failure_inside_nevergrad_is_one_line() -> None:
     method = Nevergrad(problem(5, 10), name="LHSSearch")
     with pytest.raises(UserError, match="nevergrad:LHSSearch failed with AssertionError: Over the budget"):
         run(method, 100)
+
+
+@pytest.mark.parametrize("variant", SAMPLE, ids=lambda variant: variant.name)
+def test_runs_or_refuses_as_listed(variant: Variant) -> None:
+    kind, line = checked(variant, *attempt(variant.name))
+    assert kind in ("ran", "refused"), line
+
+
+@pytest.mark.parametrize("variant", SAMPLE, ids=lambda variant: variant.name)
+def test_takes_the_options_that_it_lists_and_no_other(variant: Variant) -> None:
+    create(Spec("nevergrad", variant.name, variant.options), problem())
+    with pytest.raises(UserError, match=f"optimizer 'nevergrad:{variant.name}' has no option 'optimizers_'"):
+        create(Spec("nevergrad", variant.name, {"optimizers_": 1}), problem())
+
+
+def test_lists_every_name_once_by_family() -> None:
+    import nevergrad
+
+    variants = Nevergrad.variants()
+    names = [variant.name for variant in variants]
+    assert sorted(names) == sorted(name.strip() for name in nevergrad.optimizers.registry)
+    families = list(dict.fromkeys(variant.family for variant in variants))
+    assert 8 <= len(families) <= 20
+    assert families[-1] == OTHER
+    assert sum(variant.family == OTHER for variant in variants) < 10
+    by_name = {variant.name: variant for variant in variants}
+    assert by_name["TwoPointsDE"].family == "differential evolution"
+    assert by_name["CMA"].family == by_name["DiagonalCMA"].family == "CMA"
+    assert by_name["NGOpt"].family == "chosen by dimension and budget"
+    assert by_name["DE"].options["crossover"] == 0.5
+    assert "optimizers" not in by_name["ChainDE"].options  # classes: nobody can write them in a spec
+    assert json.loads(json.dumps([variant.options for variant in variants]))
+
+
+def test_notes_which_names_take_one_candidate_at_a_time() -> None:
+    alone = [variant.name for variant in Nevergrad.variants() if variant.note == "one candidate at a time"]
+    assert {"Powell", "Cobyla", "SQP"} < set(alone)
+    for name in alone:
+        with pytest.raises(UserError, match="one candidate at a time"):
+            Nevergrad(problem(), name=name, num_workers=2)
+
+
+def test_a_name_in_the_wrong_case_is_suggested_in_one_line() -> None:
+    names = {variant.name for variant in Nevergrad.variants()}
+    for name in names:
+        if name.lower() not in names:
+            with pytest.raises(UserError, match=f"(?i)did you mean '{name}'") as caught:
+                Nevergrad(problem(), name=name.lower())
+            assert len(str(caught.value).splitlines()) == 1
+            assert len(str(caught.value)) < 200
+
+
+def test_no_thread_waits_for_a_loss_that_its_chain_dropped() -> None:
+    """In a process of its own, which would never end. NGOptF chooses a portfolio of chains here."""
+    script = """
+from pipeline.optimizer import Problem
+from plugins.nevergrad import Nevergrad
+method = Nevergrad(Problem(6, "projection", 40, 0), name="NGOptF")
+for _ in range(40):
+    method.tell(method.ask(), [1.0])
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=60, check=True)
 
 
 def test_declares_memory_by_family() -> None:
