@@ -264,8 +264,8 @@ def show_backend(
     for variant in catalogue(load("optimizer", backend)):
         name = f"{backend}:{variant.name}" if variant.name else backend
         options = variant.options if as_json else " ".join(f"{k}={v}" for k, v in variant.options.items())
-        rows.append([variant.family, name, options, variant.note])
-    _print_table(["family", "optimizer", "options", "note"], rows, as_json)
+        rows.append([variant.family, name, variant.note, options])
+    _print_table(["family", "optimizer", "note", "options"], rows, as_json)
 
 
 @plugins.command("new")

@@ -6,7 +6,7 @@ later, so a weight can be perturbed just before its layer runs and a whole run i
 Each 64-bit seed gives two 32-bit keys (splitmix64, Steele et al. 2014). Element counters pass through two
 rounds of a 32-bit mixer (``lowbias32``, Wellons 2018), one key before each, in int32 arithmetic that wraps
 alike on every device. Rademacher takes one bit an element. Gaussian takes 16 and looks its value up among
-65,536 quantiles of the normal law (so no value is beyond 4.2): no arithmetic in floating point that a device,
+65,536 quantiles of the normal law (so no value is beyond 4.4): no arithmetic in floating point that a device,
 a compiler or a vector unit could round in its own way. Both have the same bits everywhere.
 """
 
@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-VERSION = 2  # of the function itself: a trajectory made with another cannot be replayed
+VERSION = 3  # of the function itself: a trajectory made with another cannot be replayed
 LAWS = ("rademacher", "gaussian")
 DISTRIBUTIONS = (*LAWS, "sphere")  # the last is Gaussian, scaled to length √d as a whole: see `radius`
 MAX_ELEMENTS = 2**32
@@ -154,10 +154,11 @@ def direction_at(seed: int, indices: Tensor, law: str) -> Tensor:
 
 def radius(seed: int, count: int, device: torch.device) -> float:
     """The length of the Gaussian direction of ``seed`` over elements ``0 … count − 1``."""
-    square = torch.zeros((), dtype=torch.float64, device=device)
+    on = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+    square = torch.zeros((), dtype=torch.float64, device=on)
     for start in range(0, count, _CHUNK):
         part = direction(seed, start, min(_CHUNK, count - start), "gaussian", device)
-        square += part.double().square().sum()
+        square += part.to(square.device).double().square().sum()
     return math.sqrt(float(square))
 
 

@@ -47,7 +47,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     largest = logits.amax(-1)
     # in place: fresh memory of a vocabulary's width would cost more than the arithmetic
     exponents = logits.sub_(largest[..., None]).exp_()
-    return exponents.sum(-1).log_().add_(largest).sub_(chosen).mean(-1)
+    # the difference first: a small loss would drown in logits that are large
+    return exponents.sum(-1).log_().sub_(chosen.sub_(largest)).mean(-1)
 
 
 def error(logits: Tensor, targets: Tensor) -> Tensor:

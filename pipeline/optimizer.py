@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -89,6 +91,10 @@ class StepReport:
 
 class BudgetSpent(Exception):
     """The next candidates would cost more forward passes than are left. Nothing was scored."""
+
+
+class Stalled(Exception):
+    """Nothing the optimizer tries changes the loss any more: the run ends with what it has, and says so."""
 
 
 class Evaluator(Protocol):
@@ -166,18 +172,33 @@ class AskTellOptimizer:
     one that met the easiest batch. So each step scores the start point on its batch too, and tells the
     differences (common random numbers); methods that ask for few candidates hold one batch for
     ``MIN_EVALUATIONS`` of them, so that this costs at most one forward pass in seventeen. A loss that is not
-    finite is told as ``+inf``, the worst rank.
+    finite is told as ``+inf``, the worst rank. Where the start point's own is not, losses are told as they
+    are; after ``BROKEN_STEPS`` such steps in a row the run stops.
     """
 
     MIN_EVALUATIONS = 16
+    BROKEN_STEPS = 10
 
     def __init__(self, method: AskTell, problem: Problem) -> None:
         self.method = method
         self._origin = Explicit(torch.zeros(problem.size, device=problem.device))
+        self._broken = 0
 
     def step(self, evaluator: Evaluator) -> StepReport:
+        """Asks and tells until there are ``MIN_EVALUATIONS``, and moves to where the method would stop.
+
+        Raises:
+            UserError: the loss at the start point was not finite in many steps in a row.
+        """
         candidates = self.method.ask()
         origin, *losses = evaluator.losses([self._origin, *candidates])
+        self._broken = 0 if math.isfinite(origin) else self._broken + 1
+        if self._broken == self.BROKEN_STEPS:
+            raise UserError(
+                f"the loss at the start point was {origin} or the like in {self._broken} steps in a row: the "
+                "model overflows, or the objective is broken; try dtype=float32"
+            )
+        origin = origin if math.isfinite(origin) else 0.0
         told = self._tell(candidates, losses, origin)
         while len(told) < self.MIN_EVALUATIONS:
             candidates = self.method.ask()

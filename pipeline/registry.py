@@ -11,8 +11,10 @@ has a function attribute ``variants() -> list[Variant]``, which ``pipeline plugi
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -63,7 +65,7 @@ def _literal(text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -180,8 +182,9 @@ def _like_default(spec: Spec, key: str, value: Any, parameter: inspect.Parameter
         return value
     wanted = type(parameter.default)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not wanted:
+        with contextlib.suppress(OverflowError):
+            value = float(value)
+    if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(f"option '{key}' of '{spec.backend}' takes {wanted.__name__}, not '{value}'")
     return value
 

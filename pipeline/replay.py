@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import config as configuration
@@ -12,7 +12,7 @@ from pipeline import start
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout, partial
-from pipeline.models import merge_lora
+from pipeline.models import choose_device, merge_lora
 from pipeline.tasks.classification import START_FILE
 from pipeline.trajectory import FILE, Trajectory
 
@@ -50,6 +50,10 @@ def replay(layout: Layout, stage: str, out: Path | None = None) -> Replayed:
         raise UserError(f"--out {out} is a file, or the run's own folder; name another folder")
     trajectory = Trajectory.read(folder / FILE)
     config: Config = configuration.build(trajectory.header.config, source=str(folder / FILE))
+    try:
+        choose_device(config.device)
+    except UserError:  # made elsewhere: moves along seeds have the same bits here
+        config = replace(config, device="auto")
     begin = start.begin(config, layout, stage, folder)
     space = start.space(config.pretrain if stage == "pretrain" else config.finetune, config, begin.model)
     digest = trajectory.replay(space)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +16,11 @@ from torch import Tensor
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
 from pipeline.objective import Objective, cross_entropy
-from pipeline.optimizer import BudgetSpent, Problem
+from pipeline.optimizer import BudgetSpent, Problem, Stalled
 from pipeline.registry import Spec, create
 from pipeline.space import Space
 from pipeline.tasks.base import BatchSource, TaskModel
-from pipeline.trajectory import Header, Recorder, Trajectory, machine, redo
+from pipeline.trajectory import Header, Recorder, Trajectory, machine, redo, threads
 
 Measure = Callable[[], dict[str, float]]
 """Held-out figures at the current weights; ``loss`` is among them."""
@@ -75,27 +77,43 @@ def train(
     was cut off goes on from it, and ends with the weights of an unbroken one, bit for bit.
 
     Raises:
-        UserError: a budget below one step, an optimizer that refuses the space, or a trajectory to go on
-            from that is of another run or used gradients.
+        UserError: a budget below one step, a held-out loss that is not finite at the start, an optimizer that
+            refuses the space, or a trajectory to go on from that is of another run or used gradients.
     """
-    loop = _Loop(training, model, space, measure, on_measure)
     header = _header(training, space)
-    recorder = None
-    try:
-        if resume and trajectory and Trajectory.begun(trajectory):
-            loop.go_on_from(Trajectory.read(trajectory), header)
-            recorder = Recorder(trajectory, header, go_on=True)
-        elif trajectory:
-            recorder = Recorder(trajectory, header)
-        loop.run(batches, recorder, on_step)
-        kept = loop.best.restore(loop.result.steps)
-        if recorder:
-            recorder.end(kept, space.digest())
-    finally:
-        loop.engine.close()
-        if recorder:
-            recorder.close()
+    before = None
+    if resume and trajectory and Trajectory.begun(trajectory):
+        before = Trajectory.read(trajectory)
+        _warn_elsewhere(before.header.machine, header.machine)
+    with threads(before.header.machine.get("threads") if before else None):
+        loop = _Loop(training, model, space, measure, on_measure)
+        recorder = None
+        try:
+            if before:
+                loop.go_on_from(before, header, batches)
+            if trajectory:
+                recorder = Recorder(trajectory, header, go_on=before is not None)
+            loop.run(batches, recorder, on_step)
+            kept = loop.best.restore(loop.result.steps)
+            if recorder:
+                recorder.end(kept, space.digest())
+        finally:
+            loop.engine.close()
+            if recorder:
+                recorder.close()
     return loop.result
+
+
+def _warn_elsewhere(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Says what may change the last bits of a run that goes on; its number of threads is taken over."""
+    changed = [
+        f"{key} was {then[key]}, is {now.get(key)}"
+        for key in then
+        if key != "threads" and then[key] != now.get(key)
+    ]
+    if changed:
+        text = f"the run goes on elsewhere ({'; '.join(changed)}): its last bits may differ"
+        warnings.warn(text, stacklevel=3)
 
 
 class _Loop:
@@ -121,7 +139,7 @@ class _Loop:
         self._due = 0
         self._going = True
 
-    def go_on_from(self, before: Trajectory, header: Header) -> None:
+    def go_on_from(self, before: Trajectory, header: Header, batches: BatchSource) -> None:
         """Brings everything to where ``before`` was cut off.
 
         Raises:
@@ -141,8 +159,8 @@ class _Loop:
             self.result.steps += len(lines)
             self.engine.forward_passes = self.result.forward_passes = lines[-1]["forward_passes"]
             for line in lines:
-                if "together" in line:
-                    self.engine.together = line["together"]
+                self.engine.found = line.get("found", self.engine.found)
+        self.engine.recall(batches(step) for step in range(self.result.steps))
         self._started -= seconds
 
     def run(self, batches: BatchSource, recorder: Recorder | None, on_step: OnMeasure | None) -> None:
@@ -151,16 +169,20 @@ class _Loop:
             if self.engine.forward_passes >= self._due:
                 self._measured(recorder)
                 continue
-            known = self.engine.together
+            known = self.engine.found
             evaluator = self.engine.bind(batches(self.result.steps), self.result.steps)
             try:
                 report = self.optimizer.step(evaluator)
             except BudgetSpent:
                 break
+            except Stalled as stalled:
+                made = self.result.forward_passes
+                warnings.warn(f"training ends after {made:,} forward passes: {stalled}", stacklevel=3)
+                break
             self.result.steps += 1
             self.result.forward_passes = made = self.engine.forward_passes
             if recorder:
-                found = None if known is not None else self.engine.together
+                found = None if self.engine.found == known else self.engine.found
                 recorder.step(made, report, evaluator.record, self.optimizer.state_dict(), found)
             if on_step:
                 on_step(made, {"train_loss": report.loss, **report.metrics})
@@ -176,6 +198,11 @@ class _Loop:
     def _measured(self, recorder: Recorder | None) -> None:
         made = self.result.forward_passes
         figures = self._measure()
+        if not self.result.steps and not math.isfinite(figures["loss"]):
+            raise UserError(
+                f"the held-out loss is {figures['loss']} before the first step: the model overflows; "
+                "try dtype=float32"
+            )
         if recorder:
             recorder.measurement(made, figures, time.perf_counter() - self._started)
         self._note(made, figures)

@@ -75,19 +75,19 @@ class Recorder:
         report: StepReport,
         record: StepRecord,
         state: dict[str, Any],
-        together: bool | None = None,
+        found: dict[str, Any] | None = None,
     ) -> None:
         """Notes a step: ``forward_passes`` made so far, its loss, and what it takes to do it again.
 
-        ``together``, where this step found it out, is whether candidates share forward passes.
+        ``found`` is what the engine has found out about how to score, where this step added to it.
         """
         scalars = all(isinstance(value, int | float | str | bool) for value in state.values())
         seeded = record.only_moved and scalars
         made: dict[str, Any] = {"losses": record.losses}
         if seeded:
             made = {"moves": [_written(move) for move in record.moves], "state": state}
-        if together is not None:
-            made["together"] = together
+        if found:
+            made["found"] = found
         self._write({"forward_passes": forward_passes, "loss": report.loss, **made})
 
     def measurement(self, forward_passes: int, figures: dict[str, float], seconds: float) -> None:

@@ -79,12 +79,14 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random causal models whose embeddings or heads are not plain: OPT, Gemma, Llama."""
+    """Random causal models with parts that are not plain: OPT, Gemma, Llama, Nemotron."""
     from transformers import (
         GemmaConfig,
         GemmaForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
+        NemotronConfig,
+        NemotronForCausalLM,
         OPTConfig,
         OPTForCausalLM,
     )
@@ -98,6 +100,7 @@ def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "opt": lambda: OPTForCausalLM(OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **common)),
         "gemma": lambda: GemmaForCausalLM(GemmaConfig(**gated)),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**gated)),
+        "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**gated)),
     }
     folders = {name: parent / name for name in made}
     for name, model in made.items():

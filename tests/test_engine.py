@@ -94,7 +94,7 @@ def reference(model: TaskModel, space: spaces.Space, candidate: Candidate, batch
 
 # GPT-2's head is its embedding: it has no parameters of its own to search
 CASES = [(f, s) for f in ("bert", "gpt2", "classifier") for s in SPACES if (f, s) != ("gpt2", "head")]
-CASES += [(f, s) for f in ("llama", "t5") for s in ("full", "projection,dimension=50")]
+CASES += [(f, s) for f in ("llama", "nemotron", "t5") for s in ("full", "projection,dimension=50")]
 
 
 @pytest.fixture
@@ -159,12 +159,22 @@ def test_candidates_share_forward_passes_where_they_can(
     candidates = [Seeded(s, 0.05, "gaussian", LowRank(1)) for s in range(7)]
     expected = [engine.losses(batch, [candidate])[0] for candidate in candidates]
     engine.losses(batch, candidates)
-    assert engine.together
+    assert engine.found["together"]
     forwards: list[int] = []
     handle = model.encoder.register_forward_pre_hook(lambda *_: forwards.append(1))
     assert engine.losses(batch, candidates) == pytest.approx(expected, rel=2e-5)
     handle.remove()
     assert len(forwards) == 1
+
+
+def test_candidates_of_a_small_projection_share_forward_passes(bert: Path) -> None:
+    model, batch = classifier(bert)
+    engine = Engine(model, searched("projection,dimension=50", model), 1000, run_seed=0)
+    candidates = [Seeded(seed, 0.5, law) for law in ("gaussian", "rademacher") for seed in range(3)]
+    engine.losses(batch, candidates)
+    assert engine.found["together"]
+    expected = [engine.losses(batch, [candidate])[0] for candidate in candidates]
+    assert engine.losses(batch, candidates) == pytest.approx(expected, rel=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -203,7 +213,7 @@ def test_a_model_that_mixes_lanes_is_scored_one_by_one(bert: Path) -> None:
     engine = Engine(model, space, 1000, run_seed=0)
     candidates = [Seeded(s, 0.5) for s in range(4)]
     together = engine.losses(batch, candidates)
-    assert engine.together is False
+    assert engine.found["together"] is False
     assert together == [engine.losses(batch, [candidate])[0] for candidate in candidates]
 
 
@@ -230,7 +240,7 @@ def test_every_way_to_perturb_gives_the_same_losses(
     assert losses == pytest.approx([expected], rel=2e-6)
 
 
-@pytest.mark.parametrize("family", ["opt", "gemma", "llama"])
+@pytest.mark.parametrize("family", ["opt", "gemma", "llama", "nemotron"])
 @pytest.mark.parametrize("text", ["full", "projection,dimension=50"])
 def test_embeddings_that_scale_or_shift_are_scored_as_they_are(
     family: str, text: str, decoders: dict[str, Path]

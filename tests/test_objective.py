@@ -40,6 +40,12 @@ def test_each_is_what_its_definition_says() -> None:
     assert float(parse("margin,width=2")(first, TARGETS)) == pytest.approx((0.5 + (2.0 + 0.2 + 0.1)) / 2)
 
 
+def test_a_small_loss_is_not_lost_in_large_logits() -> None:
+    logits = torch.tensor([[30.0, 15.5, 15.0]])
+    truth = torch.nn.functional.cross_entropy(logits.double(), torch.tensor([0]))
+    assert float(cross_entropy(logits, torch.tensor([0]))) == pytest.approx(float(truth), rel=0.05)
+
+
 def test_the_gradient_of_cross_entropy_is_that_of_torch() -> None:
     logits = LOGITS[0].clone().requires_grad_()
     (ours,) = torch.autograd.grad(cross_entropy(logits, TARGETS), logits)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from pipeline import space as spaces
+from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
 from pipeline.noise import direction
+from pipeline.objective import cross_entropy
 from pipeline.optimizer import Explicit, LowRank, Move, Seeded
 from tests.test_engine import classifier, searched
 
@@ -161,3 +163,49 @@ def test_a_seeded_move_in_the_projection_is_a_place_of_its_coordinates(bert: Pat
     one.move(Move([6], [0.2], "rademacher", 0.0))
     two.place(0.3 * direction(5, 0, 40, "rademacher", CPU) + 0.2 * direction(6, 0, 40, "rademacher", CPU))
     assert one.digest() == two.digest()
+
+
+@pytest.mark.parametrize("low_rank", [LowRank(1), LowRank(3), LowRank(2, right_seed=9)])
+@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
+def test_a_low_rank_direction_has_unit_variance_and_is_the_one_moved_along(
+    low_rank: LowRank, law: str, bert: Path
+) -> None:
+    model, _ = classifier(bert)
+    space = searched("full", model)
+    before = space.snapshot()
+    values = torch.cat(
+        [
+            (space.value(tensor, Seeded(seed, 1.0, law, low_rank)) - weight).flatten()
+            for seed in range(6)
+            for tensor, weight in zip(space.tensors, before, strict=True)
+        ]
+    )
+    assert float(values.mean()) == pytest.approx(0.0, abs=0.02)
+    assert float(values.square().mean()) == pytest.approx(1.0, abs=0.05)
+    expected = [space.value(tensor, Seeded(4, 0.5, law, low_rank)) for tensor in space.tensors]
+    space.move(Move([4], [0.5], law, low_rank=low_rank))
+    for tensor, value in zip(space.tensors, expected, strict=True):
+        torch.testing.assert_close(tensor.parameter.detach(), value, rtol=1e-5, atol=1e-5)
+
+
+def test_low_rank_estimates_average_to_the_gradient(bert: Path) -> None:
+    model, batch = classifier(bert)
+    space = searched("head", model)
+    parameters = [tensor.parameter for tensor in space.tensors]
+    truth = torch.autograd.grad(cross_entropy(model(batch), batch.targets), parameters)
+    engine = Engine(model, space, 10**6, run_seed=0)
+    before, epsilon, low_rank, seeds = space.snapshot(), 1e-2, LowRank(2), range(3000)
+    scales = [epsilon, -epsilon]
+    losses = engine.losses(batch, [Seeded(s, e, "gaussian", low_rank) for s in seeds for e in scales])
+    slopes = [(plus - minus) / (2 * epsilon) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
+    space.move(Move(seeds, [slope / len(seeds) for slope in slopes], "gaussian", low_rank=low_rank))
+    moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(parameters, before, strict=True)])
+    gradient = torch.cat([g.flatten() for g in truth])
+    assert float(torch.cosine_similarity(moved, gradient, dim=0)) > 0.95
+    assert float(moved @ gradient / gradient.square().sum()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_weights_of_another_dtype_are_refused(bert: Path) -> None:
+    model, _ = classifier(bert)
+    with pytest.raises(UserError, match="is float64, which is not searched: set dtype=float32"):
+        searched("full", model.double())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,19 @@ import torch
 from pipeline import registry
 from pipeline.errors import UserError
 from pipeline.evaluation import measure
+from pipeline.models import load_tokenizer
 from pipeline.noise import direction
-from pipeline.objective import cross_entropy
+from pipeline.objective import cross_entropy, margin
 from pipeline.optimizer import Candidate, Explicit, LowRank, Move, Problem, Seeded
 from pipeline.registry import Spec, create
 from pipeline.space import parse
+from pipeline.tasks.base import Batch
+from pipeline.tasks.batching import pad, shuffled
 from pipeline.trainer import Result, Training, train
 from pipeline.trajectory import Trajectory
 from plugins.seeded import ES, SPSA, es, spsa
 from plugins.seeded.evolution import ranks, z_scores
+from tests.conftest import sentences
 from tests.test_engine import SPACES, classifier, language_model, searched
 
 VARIANTS = [f"spsa:{name}" for name in SPSA] + [f"es:{name}" for name in ES]
@@ -168,6 +172,87 @@ RESUMABLE = [
     "nevergrad:OnePlusOne",
     "nevergrad:DE",
 ]
+
+
+def _epochs(folder: Path) -> Callable[[int], Batch]:
+    """Batches of 16 from 60 texts of unequal length: a row is met beside others each time."""
+    texts, labels = sentences(60)
+    tokenizer = load_tokenizer(str(folder))
+    tokens = tokenizer(texts)["input_ids"]
+    targets = torch.tensor([label == "up" for label in labels]).long()
+
+    def batch(step: int) -> Batch:
+        rows = shuffled(60, 16, 1, step)
+        inputs = pad([tokens[i] for i in rows], tokenizer.pad_token_id)
+        return Batch(inputs, targets[rows], examples=tuple(rows))
+
+    return batch
+
+
+def _over_epochs(folder: Path, path: Path, *, resume: bool = False) -> str:
+    model, _ = classifier(folder)
+    batch, space = _epochs(folder), searched("head", model)
+    training = Training(Spec.parse("spsa,directions=2"), parse("head"), 120, 40, 5)
+    held_out = [batch(0)]
+    train(training, model, space, batch, lambda: measure(model, held_out), trajectory=path, resume=resume)
+    return space.digest()
+
+
+def test_a_run_goes_on_with_the_features_that_it_kept(bert: Path, tmp_path: Path) -> None:
+    """The last bits of a row's features depend on the rows it was first encoded with."""
+    path, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    expected = _over_epochs(bert, path)
+    content = path.read_bytes()
+    for share in (0.1, 0.3, 0.5, 0.8):
+        cut.write_bytes(content[: int(len(content) * share)])
+        assert _over_epochs(bert, cut, resume=True) == expected
+
+
+def test_a_run_goes_on_with_as_many_candidates_a_pass(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.engine.scorer._LOGITS", 3 * 8 * 2)  # three lanes of 8 texts and 2 labels
+    path, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    spec = "es:LowRank,population_size=8"
+    _, after = run(bert, spec, "full", 80, path)
+    assert [step["found"] for step in Trajectory.read(path).steps if "found" in step] == [
+        {"together": True, "classes": 2}
+    ]
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    _, resumed = run(bert, spec, "full", 80, cut, resume=True)
+    assert resumed.digest() == after.digest()
+
+
+def test_a_run_that_has_nothing_left_to_learn_keeps_what_it_has(bert: Path, tmp_path: Path) -> None:
+    model, batch = classifier(bert)
+    space = searched("head", model)
+    spec = Spec.parse("spsa,learning_rate=2,epsilon=0.1,directions=4,schedule=constant")
+    training = Training(spec, parse("head"), 4000, 4000, 5, objective=margin)
+    path = tmp_path / "t.jsonl"
+    with pytest.warns(UserWarning, match=r"training ends after .* stayed at exactly 0 for 10 steps"):
+        result = train(
+            training, model, space, lambda step: batch, lambda: measure(model, [batch]), trajectory=path
+        )
+    assert result.forward_passes < 4000
+    assert result.curve[-1][1]["accuracy"] == 1.0
+    again = searched("head", classifier(bert)[0])
+    assert Trajectory.read(path).replay(again) == space.digest()
+
+
+def test_a_loss_that_is_not_finite_at_the_start_stops_before_a_step(bert: Path) -> None:
+    model, batch = classifier(bert)
+    training = Training(Spec.parse("spsa"), parse("head"), 100, 50, 0, patience=1)
+    with pytest.raises(UserError, match="held-out loss is nan before the first step"):
+        train(training, model, searched("head", model), lambda step: batch, lambda: {"loss": math.nan})
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    run(bert, "spsa,directions=2", "head", 40, path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0].replace('"torch":"', '"torch":"0.') + "".join(lines[1:4]))
+    with pytest.warns(UserWarning, match="goes on elsewhere"):
+        run(bert, "spsa,directions=2", "head", 40, path, resume=True)
 
 
 @pytest.mark.parametrize("patience", [0, 2])
@@ -365,7 +450,7 @@ def test_a_loss_that_never_reacts_stops_loudly(spec: str) -> None:
 )
 def test_the_rate_follows_its_schedule(spec: str, schedule: str, shares: list[float]) -> None:
     options = Spec.parse(f"{spec},learning_rate=0.1,schedule={schedule}")
-    passes = create(options, Problem(4, "head", 10, 0)).passes_a_step
+    passes = create(options, Problem(4, "head", 100, 0)).passes_a_step
     method = create(options, Problem(4, "head", 2 * passes, 0))
     rates = [method.step(Linear(torch.ones(4))).metrics["learning_rate"] for _ in shares]
     assert rates == pytest.approx([0.1 * share for share in shares])
@@ -455,6 +540,11 @@ def test_lazy_steps_add_up_to_the_rank_of_one_until_v_is_drawn_anew(
         ("es:LowRank,distribution=sphere", "rademacher or gaussian, not sphere"),
         ("spsa:OneSided,directions=1", "at least 2 directions"),
         ("spsa,epsilon=-1", "must not be negative"),
+        ("spsa:CurvatureClipped,epsilon=1e-170", "must be at least 1e-12"),
+        ("spsa,epsilon=1e999", "takes float, not 'inf'"),
+        ("spsa,epsilon=1" + 400 * "0", "takes float, not '1000"),
+        ("spsa,epsilon={[]:1}", "takes float, not "),
+        ("spsa,directions=1000000000", "fewer than one step of TwoPoint takes"),
         ("spsa:TwoPiont", "did you mean 'TwoPoint'"),
     ],
 )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.engine.matmul import linear, linear_plus
-from pipeline.engine.modules import Arguments, Owned, read_by_children, swapped, weight_of
+from pipeline.engine.modules import Arguments, Owned, normalises, read_by_children, swapped, weight_of
 from pipeline.optimizer import Candidate, Seeded
 from pipeline.space import Searched, Space
 from pipeline.space.factors import Factors
@@ -104,7 +104,7 @@ class ManyPoints:
             return forward(module, *arguments[0], **arguments[1])
         values = {attribute: self._source.stacked(searched) for attribute, searched in owned.items()}
         args, kwargs = arguments
-        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and args:
+        if normalises(module) and args:
             return self._normalised(module, values, args[0])
         if self._lanes == 1:
             with swapped(module, {name: value[0] for name, value in values.items()}):
@@ -124,9 +124,10 @@ class ManyPoints:
         finally:
             self._running = None
 
-    def _normalised(self, module: nn.LayerNorm, values: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    def _normalised(self, module: nn.Module, values: dict[str, Tensor], inputs: Tensor) -> Tensor:
         parameters: dict[str, Any] = {**module._parameters, **values}
-        plain = nn.functional.layer_norm(inputs, module.normalized_shape, None, None, module.eps)
+        shape, eps = cast(nn.LayerNorm, module).normalized_shape, cast(nn.LayerNorm, module).eps
+        plain = nn.functional.layer_norm(inputs, shape, None, None, eps)
         lanes = self._split(plain).flatten(1, -2)  # a view
         for attribute, apply in (("weight", lanes.mul_), ("bias", lanes.add_)):
             if parameters[attribute] is not None:

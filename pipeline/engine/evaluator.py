@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,17 +53,35 @@ class Engine:
         self._kept: dict[int, Tensor] = {}
 
     @property
-    def together(self) -> bool | None:
-        """Whether candidates share forward passes; None until it was tried.
+    def found(self) -> dict[str, Any]:
+        """What was found out on the way about how to score: a run that goes on keeps it.
 
-        It was tried at one point and one batch: a run that goes on keeps what it found, as the two ways to
-        score differ in their last bits.
+        It was found at one point and one batch, and the ways to score differ in their last bits.
         """
-        return self._scorer.together
+        return self._scorer.found
 
-    @together.setter
-    def together(self, found: bool) -> None:
-        self._scorer.together = found
+    @found.setter
+    def found(self, before: dict[str, Any]) -> None:
+        self._scorer.found = before
+
+    @torch.inference_mode()
+    def recall(self, batches: Iterable[Batch]) -> None:
+        """Keeps the features of ``batches``, those of steps already made, as they were kept then.
+
+        A row's features depend, in their last bits, on the rows it was first encoded with. Ends when no batch
+        brings another row.
+        """
+        if not self._head_only:
+            return
+        old = 0  # rows in turn that were kept already
+        for batch in batches:
+            if batch.examples is None:
+                return
+            before = len(self._kept)
+            self._features(batch.to(self.space.device))
+            old = 0 if len(self._kept) > before else old + len(batch.examples)
+            if old >= len(self._kept):
+                return
 
     def bind(self, batch: Batch, step: int) -> BatchEvaluator:
         """An evaluator for one step's batch."""

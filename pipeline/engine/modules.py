@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -45,6 +45,12 @@ def multiplies(module: nn.Module) -> bool:
 def looks_up_rows(module: nn.Module) -> bool:
     """Whether the output is the weight's rows at the first argument; some subclasses scale or shift them."""
     return type(module).forward is nn.Embedding.forward and module.max_norm is None
+
+
+def normalises(module: nn.Module) -> bool:
+    """Whether the output is the last dimension normalised, times the weight, plus the bias: as it is, too."""
+    plain = type(module).forward is nn.LayerNorm.forward
+    return plain and len(cast(nn.LayerNorm, module).normalized_shape) == 1
 
 
 def weight_of(module: nn.Module, weight: Tensor) -> Tensor:

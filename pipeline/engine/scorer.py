@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from pipeline.engine.batched import CannotBatch, LowRankSource, ManyPoints, Sour
 from pipeline.engine.modules import Point, SearchedModules
 from pipeline.engine.onthefly import OnePoint, Scratch
 from pipeline.errors import UserError
-from pipeline.objective import Objective
+from pipeline.objective import Objective, cross_entropy
 from pipeline.optimizer import Candidate, Seeded
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
@@ -42,7 +43,17 @@ class Scorer:
         self._scratch = Scratch()
         self.together: bool | None = None
         """Whether candidates may share a forward pass; None until it was tried."""
-        self._classes = 1
+        self._classes: int | None = None  # until a forward pass has shown them
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What forward passes have shown: plain data, empty before the first."""
+        known = {"together": self.together, "classes": self._classes}
+        return {key: value for key, value in known.items() if value is not None}
+
+    @found.setter
+    def found(self, before: dict[str, Any]) -> None:
+        self.together, self._classes = before.get("together"), before.get("classes")
 
     def close(self) -> None:
         """Leaves the model as it was found."""
@@ -94,10 +105,11 @@ class Scorer:
         return Stacked.at(self._space, candidates)
 
     def _forward(self, batch: Batch, features: Tensor | None, lanes: int, point: Point) -> Tensor:
+        """The objective in each lane: float32 ``[lanes]``."""
         with self._modules.at(point):
             logits = self._model(batch) if features is None else self._model.outputs(features)
         self._classes = logits.shape[-1]
-        losses = self._objective(logits.reshape(lanes, -1, self._classes), batch.targets)
+        losses = self._objective(logits.reshape(lanes, -1, logits.shape[-1]), batch.targets)
         if not isinstance(losses, Tensor) or losses.shape != (lanes,):
             made = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise UserError(
@@ -121,7 +133,7 @@ class Scorer:
     def _most(self, batch: Batch, features: Tensor | None, candidate: Candidate) -> int:
         """How many candidates like this one may share a forward pass."""
         low_rank = isinstance(candidate, Seeded) and candidate.low_rank is not None
-        if self.together is False or not (low_rank or self._space.stackable):
+        if self._classes is None or self.together is False or not (low_rank or self._space.stackable):
             return 1
         most = _LOGITS // (len(batch.targets) * self._classes)
         if not low_rank:
@@ -134,7 +146,17 @@ class Scorer:
         return 1 if tokens == 1 else max(1, most - (most * examples == tokens))
 
     def _proven(self, batch: Batch, features: Tensor | None, candidates: Sequence[Candidate]) -> bool:
-        """Whether two candidates score together as they do alone; they must be far enough apart to tell."""
+        """Whether two candidates score together as they do alone; they must be far enough apart to tell.
+
+        By cross-entropy whatever the objective: one of few values may agree by chance.
+        """
+        objective, self._objective = self._objective, cross_entropy
+        try:
+            return self._alike(batch, features, candidates)
+        finally:
+            self._objective = objective
+
+    def _alike(self, batch: Batch, features: Tensor | None, candidates: Sequence[Candidate]) -> bool:
         segment = self._space.segments[0]
         scale = float(segment.flat.float().square().mean().sqrt()) / segment.scale or 1.0
         tolerance = _ALIKE.get(segment.flat.dtype, _ALIKE_IN_HALF)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from pipeline import noise
 from pipeline.errors import UserError, nearest, unknown
 from pipeline.registry import Spec
 from pipeline.space.projection import Projection
@@ -59,8 +58,9 @@ def build(spec: Spec, model: TaskModel, seed: int) -> Space:
         UserError: the model has no such parameters.
     """
     if spec.backend == "projection":
-        return Projection(_searched(model, "full", 1.0), spec.options["dimension"], noise.derive(seed, 1))
-    return Space(spec.backend, _searched(model, spec.backend, spec.options.get("encoder_scale", 1.0)))
+        return Projection(_searched(model, "full", 1.0), spec.options["dimension"], seed)
+    scale = spec.options.get("encoder_scale", 1.0)
+    return Space(spec.backend, _searched(model, spec.backend, scale), seed)
 
 
 def prepare_model(spec: Spec, model: TaskModel, seed: int) -> None:

@@ -46,13 +46,16 @@ class Segment:
     def of(cls, tensors: Sequence[Searched]) -> Segment:
         """Moves the tensors into one piece of memory."""
         first = tensors[0].parameter
+        device = first.device
         count = sum(searched.parameter.numel() for searched in tensors)
-        flat = torch.empty(count, dtype=first.dtype, device=first.device)
-        segment = cls(tensors, flat)
+        # through the host, where memory that is not yet written costs nothing: a GPU never holds two copies
+        host = cls(tensors, torch.empty(count, dtype=first.dtype))
         for searched in tensors:
-            part = segment.part(searched)
-            part.copy_(searched.parameter.detach())
-            searched.parameter.data = part
+            host.part(searched).copy_(searched.parameter.detach())
+            searched.parameter.data = host.part(searched)
+        segment = cls(tensors, host.flat.to(device))
+        for searched in tensors:
+            searched.parameter.data = segment.part(searched)
         return segment
 
     def part(self, searched: Searched) -> Tensor:

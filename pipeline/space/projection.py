@@ -14,6 +14,8 @@ from pipeline.space.factors import Factors
 from pipeline.space.memory import Group
 from pipeline.space.searched import Space
 
+_PATH = 1  # to the seed of S
+
 
 class Projection(Space):
     """A random k-dimensional subspace: θ = start + S c, S sparse with one ±√(k/d) in each row.
@@ -23,9 +25,8 @@ class Projection(Space):
     """
 
     def __init__(self, tensors: Iterable[tuple[str, nn.Parameter, float]], dimension: int, seed: int) -> None:
-        super().__init__("projection", tensors)
+        super().__init__("projection", tensors, seed)
         self.dimension = min(dimension, self.elements)
-        self._seed = seed
         self._point = torch.zeros(self.dimension, device=self.device)
 
     @property
@@ -39,6 +40,9 @@ class Projection(Space):
     def factors(self, seeds: Sequence[int], distribution: str, low_rank: LowRank) -> Factors:
         raise UserError("the space 'projection' has no matrices for low-rank directions; choose full or lora")
 
+    def stacked(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
+        return {s.name: torch.stack([self.value(s, each) for each in candidates]) for s in self.tensors}
+
     def move(self, *moves: Move) -> None:
         """As in `Space`, in coordinates; the decay draws them to the start point."""
         point = self._point
@@ -49,7 +53,7 @@ class Projection(Space):
             for seed, coefficient in zip(move.seeds, move.coefficients, strict=True):
                 law, factor = self._law(seed, move.distribution)
                 z = noise.direction(seed, 0, self.dimension, law, point.device)
-                point.add_(z, alpha=coefficient * factor)
+                point.add_(z.mul_(coefficient * factor))
         self.place(point)
 
     def place(self, coordinates: Tensor) -> None:
@@ -61,11 +65,11 @@ class Projection(Space):
             return candidate
         law, factor = self._law(candidate.seed, candidate.distribution)
         z = noise.direction(candidate.seed, 0, self.dimension, law, self._point.device)
-        return Explicit(torch.add(self._point, z, alpha=candidate.scale * factor))
+        return Explicit(z.mul_(candidate.scale * factor).add_(self._point))
 
     def _displace(self, group: Group, coordinates: Tensor, out: Tensor) -> None:
         counters = torch.arange(group.start, group.start + group.count, device=out.device)
-        words = noise.words_at(self._seed, counters).long() & 0xFFFFFFFF
+        words = noise.words_at(noise.derive(self._seed, _PATH), counters).long() & 0xFFFFFFFF
         signs = 1.0 - 2.0 * (words & 1)
         scale = (self.dimension / self.elements) ** 0.5
         delta = coordinates[(words >> 1) % self.dimension] * (signs * scale)

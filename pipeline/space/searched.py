@@ -19,6 +19,7 @@ from pipeline.space.memory import Group, Searched, Segment
 _RADII_KEPT = 1024  # lengths of sphere directions: a step asks for each several times
 _STACKED = 2**20  # elements of a space whose candidates may be stacked
 _GROUP = 2**21  # elements perturbed in one call
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDING = 9  # the path to the seeds of random rounding
 _SMALL = 2**12  # elements of a piece whose directions are drawn for many moves at once
 _PIECE = 2**20  # elements of a sum of directions: what a cache holds
@@ -28,11 +29,13 @@ class Space:
     """The searched tensors of a model, and every way to read, perturb and move them.
 
     Their memory becomes the space's (see `Segment`): build it when the model is on its device.
-    ``fused`` asks for compiled noise: the same bits, sooner, after a compilation of some seconds.
+    ``seed`` is the experiment's. ``fused`` asks for compiled noise: the same bits, sooner, after a
+    compilation of some seconds.
     """
 
-    def __init__(self, kind: str, tensors: Iterable[tuple[str, nn.Parameter, float]]) -> None:
+    def __init__(self, kind: str, tensors: Iterable[tuple[str, nn.Parameter, float]], seed: int) -> None:
         self.kind = kind
+        self._seed = seed
         self.tensors: list[Searched] = []
         offset = 0
         for name, parameter, scale in tensors:
@@ -52,6 +55,10 @@ class Space:
             raise UserError(
                 f"the space '{kind}' has {offset:,} elements; at most {noise.MAX_ELEMENTS:,} are supported"
             )
+        for searched in self.tensors:
+            if searched.parameter.dtype not in _DTYPES:
+                dtype = str(searched.parameter.dtype).removeprefix("torch.")
+                raise UserError(f"{searched.name} is {dtype}, which is not searched: set dtype=float32")
         alike = itertools.groupby(self.tensors, lambda s: (s.parameter.dtype, s.parameter.device, s.scale))
         self.segments = [Segment.of(list(tensors)) for _, tensors in alike]
         self.group_of = {s.name: group for group, members in self._grouped() for s in members}
@@ -222,7 +229,7 @@ class Space:
                     seeds, scales = self._terms([move], part)
                     noise.add_all(change, seeds, part.start, law, scales, fused=self.fused)
                 if decays:
-                    change.add_(flat, alpha=-move.decay)
+                    change.sub_(flat * move.decay)  # a fused product and sum would round as the machine does
                 self._step(flat, change, part.start, number)
 
     def _terms(self, moves: Sequence[Move], part: Group) -> tuple[list[int], list[float]]:
@@ -244,7 +251,7 @@ class Space:
             weights.add_(change)
             return
         moved = change.add_(weights).flatten()
-        seed = noise.derive(number, _ROUNDING)
+        seed = noise.derive(self._seed, _ROUNDING, number)
         noise.round_to(weights.flatten(), moved, seed, start, fused=self.fused)
 
     def _move_factors(self, factors: Factors, coefficients: Sequence[float], decay: float) -> None:
@@ -308,7 +315,7 @@ class Space:
 
     def _displace(self, group: Group, coordinates: Tensor, out: Tensor) -> None:
         part = coordinates[group.start : group.start + group.count]
-        out.copy_(torch.add(self._start_of(group), part, alpha=group.segment.scale))
+        out.copy_(self._start_of(group) + part * group.segment.scale)
 
     def _law(self, seed: int, distribution: str) -> tuple[str, float]:
         """The law of the elements of a direction, and what scales it as a whole."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pipeline.errors import UserError, unknown
 from pipeline.noise import DISTRIBUTIONS, LAWS
-from pipeline.optimizer import Evaluator, LowRank, Problem, Seeded, StepReport
+from pipeline.optimizer import Evaluator, LowRank, Problem, Seeded, Stalled, StepReport
 
 # the share of the learning rate that is left when a share of the budget is spent
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -19,6 +19,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda spent: 0.5 * (1.0 + math.cos(math.pi * spent)),
 }
 FLAT_STEPS = 10
+LEAST_EPSILON = 1e-12  # no weight would feel less
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class SeededOptimizer(ABC):
             raise unknown("schedule", schedule, SCHEDULES)
         if min(epsilon, learning_rate, directions, weight_decay) < 0:
             raise UserError("epsilon, sigma, learning_rate, directions and weight_decay must not be negative")
+        if epsilon and epsilon < LEAST_EPSILON:
+            raise UserError(f"epsilon and sigma must be at least {LEAST_EPSILON:g}, not {epsilon:g}")
         default = self.DEFAULTS[problem.space]
         self.epsilon = epsilon or default.epsilon
         self.learning_rate = learning_rate or default.learning_rate
@@ -85,9 +88,15 @@ class SeededOptimizer(ABC):
         self.weight_decay = weight_decay
         self._schedule = SCHEDULES[schedule]
         self._run_seed = problem.run_seed
-        self._steps = max(1, problem.forward_passes // self.passes_a_step)
+        if self.passes_a_step > problem.forward_passes:
+            raise UserError(
+                f"{problem.forward_passes:,} forward passes are fewer than one step of {type(self).__name__} "
+                f"takes ({self.passes_a_step:,}); raise forward_passes, or lower directions"
+            )
+        self._steps = problem.forward_passes // self.passes_a_step
         self._step = 0
         self._flat = 0
+        self._reacted = False  # whether a loss ever depended on what was perturbed
 
     @property
     @abstractmethod
@@ -117,7 +126,8 @@ class SeededOptimizer(ABC):
         """One update.
 
         Raises:
-            UserError: a loss is not finite, or the losses of several steps did not react at all.
+            UserError: a loss is not finite, or none has ever reacted to what was perturbed.
+            Stalled: they did, and no longer do.
         """
         first = (self._run_seed << 32) + self._step * self.directions
         seeds = range(first, first + self.directions)
@@ -147,14 +157,19 @@ class SeededOptimizer(ABC):
                 f"lower learning_rate (now {self.learning_rate:g})"
             )
         self._flat = self._flat + 1 if len(set(losses)) == 1 else 0
-        if self._flat == FLAT_STEPS:
+        self._reacted = self._reacted or not self._flat
+        if self._flat >= FLAT_STEPS:
+            stayed = (
+                f"the loss stayed at exactly {losses[0]:g} for {FLAT_STEPS} steps, whatever was perturbed"
+            )
+            if self._reacted:
+                raise Stalled(stayed)
             raise UserError(
-                f"the loss stayed at exactly {losses[0]:g} for {FLAT_STEPS} steps, whatever was "
-                f"perturbed: raise epsilon (now {self.epsilon:g}), or search weights that reach the loss"
+                f"{stayed}: raise epsilon (now {self.epsilon:g}), or search weights that reach the loss"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "flat": self._flat}
+        return {"step": self._step, "flat": self._flat, "reacted": self._reacted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step, self._flat = state["step"], state["flat"]
+        self._step, self._flat, self._reacted = state["step"], state["flat"], state["reacted"]
