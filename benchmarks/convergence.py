@@ -1,9 +1,10 @@
 """Forward passes to a fixed validation loss: ``python -m benchmarks.convergence [--only NAME] [--json]``.
 
 The sentiment task of the default run, over the head, from the weights that ``dvc repro`` pretrained. Every
-method gets the same batches, budget and schedule, and a learning rate of its own: the one of its
-grid that needs the fewest passes in the median of three seeds. A run that does not arrive counts as the whole
-budget. The rates were chosen around the best of a wider search on the same features (docs/log.md).
+method gets the same batches, budget and schedule, and a learning rate of its own: the one of its grid of
+three that needs the fewest passes in the median of two seeds, which are not among the three that are reported.
+A run that does not arrive counts as the whole budget. The rates were chosen around the best of a wider search
+on the same features (docs/log.md).
 """
 
 from __future__ import annotations
@@ -30,25 +31,26 @@ from pipeline.tasks.base import Start
 TARGET = 0.46  # nats; zero-shot starts at 0.53, a whole run of 40,000 passes ends near 0.43, a probe at 0.41
 BUDGET = 12_000
 SEEDS = (0, 1, 2)
+TUNING_SEEDS = (10, 11)
 EVERY = 200  # passes between measurements
 
 # a spec, and the learning rates it is tried at
 METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "TwoPoint/4": ("spsa,epsilon=0.01,directions=4", (5e-4, 1e-3, 2e-3, 4e-3)),
+    "TwoPoint/4": ("spsa,epsilon=0.01,directions=4", (1e-3, 2e-3, 4e-3)),
     "TwoPoint/8": ("spsa,epsilon=0.01,directions=8", (2e-3, 4e-3, 8e-3)),
-    "TwoPoint/16": ("spsa,epsilon=0.01,directions=16", (4e-3, 8e-3)),
+    "TwoPoint/16": ("spsa,epsilon=0.01,directions=16", (2e-3, 4e-3, 8e-3)),
     "OneSided/4": ("spsa:OneSided,epsilon=0.01,directions=4", (1e-3, 2e-3, 4e-3)),
     "OneSided/8": ("spsa:OneSided,epsilon=0.01,directions=8", (2e-3, 4e-3, 8e-3)),
-    "CurvatureClipped/8": ("spsa:CurvatureClipped,epsilon=0.01,directions=8", (4e-3, 8e-3)),
-    "LazyLowRank/4": ("spsa:LazyLowRank,epsilon=0.01,directions=4", (1e-3, 2e-3)),
-    "LazyLowRank/4+momentum": ("spsa:LazyLowRank,epsilon=0.01,directions=4,momentum=0.9", (1e-3, 2e-3)),
-    "es/8": ("es,sigma=0.01,population_size=8", (5e-3, 1e-2)),
-    "es:LowRank/8": ("es:LowRank,sigma=0.01,population_size=8", (5e-3, 1e-2)),
-    "SepCMA": ("cmaes:SepCMA", (0.01, 0.03)),
+    "CurvatureClipped/8": ("spsa:CurvatureClipped,epsilon=0.01,directions=8", (2e-3, 4e-3, 8e-3)),
+    "LazyLowRank/4": ("spsa:LazyLowRank,epsilon=0.01,directions=4", (1e-3, 2e-3, 4e-3)),
+    "LazyLowRank/4+momentum": ("spsa:LazyLowRank,epsilon=0.01,directions=4,momentum=0.9", (1e-3, 2e-3, 4e-3)),
+    "es/8": ("es,sigma=0.01,population_size=8", (2.5e-3, 5e-3, 1e-2)),
+    "es:LowRank/8": ("es:LowRank,sigma=0.01,population_size=8", (2.5e-3, 5e-3, 1e-2)),
+    "SepCMA": ("cmaes:SepCMA", (0.003, 0.01, 0.03)),
 }
 # other libraries behind the same door; measured where tests/plugins are installed
 PEERS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "cyberagent:SepCMA": ("cyberagent:SepCMA", (0.01, 0.03)),
+    "cyberagent:SepCMA": ("cyberagent:SepCMA", (0.003, 0.01, 0.03)),
     "zo:adam/8": ("zo:adam,epsilon=0.01,directions=8", (1e-3, 3e-3, 1e-2)),
     "zo:lion/8": ("zo:lion,epsilon=0.01,directions=8", (3e-4, 1e-3, 3e-3)),
 }
@@ -110,11 +112,12 @@ def best(method: str, device: torch.device) -> tuple[str, list[int]]:
     for rate in rates:
         head, comma, rest = spec.partition(",")
         full = f"{head},{option}={rate}{comma}{rest}"
-        tried[full] = [passes_to_target(full, seed, engine, at) for seed in SEEDS]
+        tried[full] = [passes_to_target(full, seed, engine, at) for seed in TUNING_SEEDS]
         print(f"# {full}: {tried[full]}", file=sys.stderr, flush=True)
-    engine.close()
     chosen = min(tried, key=lambda each: statistics.median(tried[each]))
-    return chosen, tried[chosen]
+    found = [passes_to_target(chosen, seed, engine, at) for seed in SEEDS]
+    engine.close()
+    return chosen, found
 
 
 def passes(method: str, device: torch.device) -> Row:

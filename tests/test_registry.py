@@ -27,7 +27,7 @@ def test_a_spec_is_its_text(text: str) -> None:
     ("text", "error"),
     [
         ("spas", "did you mean 'spsa'"),
-        ("nope", "choose one of adamw, cmaes, es, nevergrad, spsa"),
+        ("nope", "unknown optimizer 'nope'; choose one of adamw, .*spsa"),
         ("", "names no backend"),
         ("spsa,epsilon", "is not key=value"),
         ("spsa,epsilom=1", "did you mean 'epsilon'"),
