@@ -3,8 +3,8 @@
 The sentiment task of the default run, over the head, from the weights that ``dvc repro`` pretrained. Every
 method gets the same batches, budget and schedule, and a learning rate of its own: the one of its grid of
 three that needs the fewest passes in the median of two seeds, not among the three that are reported. A run
-that does not arrive counts as the whole budget. The rates were chosen around the best of a wider search on the
-same features (docs/log.md).
+that does not arrive counts as the whole budget. The rates were chosen around the best of a wider search on
+the same features (docs/log.md).
 """
 
 from __future__ import annotations
