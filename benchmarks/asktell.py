@@ -28,6 +28,7 @@ METHODS = (
     "nevergrad:PSO",
     "nevergrad:CMA",
     "cmaes:SepCMA",
+    "cyberagent:SepCMA",  # where tests/plugins/cyberagent is installed
 )
 DIMENSIONS = {"1e3": 1_000, "1e5": 100_000, "1e6": 1_000_000}
 WARM = 48  # candidates that are not counted: more than the first populations of DE and PSO, drawn cheaply

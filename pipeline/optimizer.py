@@ -108,15 +108,8 @@ class Evaluator(Protocol):
         """
         ...
 
-    def move(
-        self,
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        distribution: str,
-        decay: float = 0.0,
-        low_rank: LowRank | None = None,
-    ) -> None:
-        """θ ← (1 − decay) θ + Σ coefficientᵢ · z(seedᵢ); the decay spares biases and norms."""
+    def move(self, move: Move) -> None:
+        """Makes the move."""
         ...
 
     def place(self, coordinates: Tensor) -> None:

@@ -257,15 +257,8 @@ class _Retold:
             )
         return recorded
 
-    def move(
-        self,
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        distribution: str,
-        decay: float = 0.0,
-        low_rank: LowRank | None = None,
-    ) -> None:
-        self._space.move(Move(seeds, coefficients, distribution, decay, low_rank))
+    def move(self, move: Move) -> None:
+        self._space.move(move)
 
     def place(self, coordinates: Tensor) -> None:
         self._space.place(coordinates)

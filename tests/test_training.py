@@ -18,7 +18,7 @@ from pipeline.evaluation import measure
 from pipeline.models import load_tokenizer
 from pipeline.noise import direction
 from pipeline.objective import cross_entropy, margin
-from pipeline.optimizer import Candidate, Explicit, LowRank, Move, Problem, Seeded
+from pipeline.optimizer import Candidate, Explicit, Move, Problem, Seeded
 from pipeline.registry import Spec, create
 from pipeline.space import parse
 from pipeline.tasks.base import Batch
@@ -342,16 +342,9 @@ class Linear:
         points = [c.scale * self._z(c.seed, c.distribution) for c in candidates if isinstance(c, Seeded)]
         return [float((self.point + p).double() @ self.gradient_.double()) for p in points]
 
-    def move(
-        self,
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        distribution: str,
-        decay: float = 0.0,
-        low_rank: LowRank | None = None,
-    ) -> None:
-        for seed, coefficient in zip(seeds, coefficients, strict=True):
-            self.point = self.point + coefficient * self._z(seed, distribution)
+    def move(self, move: Move) -> None:
+        for seed, coefficient in zip(move.seeds, move.coefficients, strict=True):
+            self.point = self.point + coefficient * self._z(seed, move.distribution)
 
     def place(self, coordinates: torch.Tensor) -> None:
         raise AssertionError("SPSA moves along seeds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from pipeline import noise
 from pipeline.engine.scorer import Scorer
 from pipeline.errors import UserError
 from pipeline.objective import Objective, cross_entropy
-from pipeline.optimizer import BudgetSpent, Candidate, LowRank, Move
+from pipeline.optimizer import BudgetSpent, Candidate, Move
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
 
@@ -160,17 +160,10 @@ class BatchEvaluator:
         self.record.losses.append(losses)
         return losses
 
-    def move(
-        self,
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        distribution: str,
-        decay: float = 0.0,
-        low_rank: LowRank | None = None,
-    ) -> None:
-        move = Move(list(seeds), list(coefficients), distribution, decay, low_rank)
+    def move(self, move: Move) -> None:
         self._engine.space.move(move)
-        self.record.moves.append(move)
+        plain = replace(move, seeds=list(move.seeds), coefficients=[float(c) for c in move.coefficients])
+        self.record.moves.append(plain)
 
     def place(self, coordinates: Tensor) -> None:
         self.record.only_moved = False

@@ -10,7 +10,6 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import psutil
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from pipeline.entry_points import load
 from pipeline.errors import guarded
-from pipeline.optimizer import Candidate, Problem
+from pipeline.optimizer import Candidate, Move, Problem
 from pipeline.peak_memory import PeakMemory
 from pipeline.registry import Spec, create, declared_bytes
 
@@ -37,7 +36,7 @@ class Hollow:
         self._asked += len(candidates)
         return [1.0 / (self._asked + i * 7 % 5) for i in range(len(candidates))]
 
-    def move(self, *arguments: Any, **more: Any) -> None:
+    def move(self, move: Move) -> None:
         pass
 
     def place(self, coordinates: Tensor) -> None:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from pipeline import space as spaces
 from pipeline.engine.evaluator import Engine
-from pipeline.optimizer import BudgetSpent, Candidate, Evaluator, LowRank, Optimizer, Problem, StepReport
+from pipeline.optimizer import (
+    BudgetSpent,
+    Candidate,
+    Evaluator,
+    Move,
+    Optimizer,
+    Problem,
+    StepReport,
+)
 from pipeline.registry import Spec, create
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.trainer import Result, Training, train
@@ -87,15 +95,8 @@ class Watched:
             for now, then in self._seen
         )
 
-    def move(
-        self,
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        distribution: str,
-        decay: float = 0.0,
-        low_rank: LowRank | None = None,
-    ) -> None:
-        self._inner.move(seeds, coefficients, distribution, decay, low_rank)
+    def move(self, move: Move) -> None:
+        self._inner.move(move)
 
     def place(self, coordinates: Tensor) -> None:
         self._inner.place(coordinates)

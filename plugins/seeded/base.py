@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pipeline.errors import UserError, unknown
 from pipeline.noise import DISTRIBUTIONS, LAWS
-from pipeline.optimizer import Evaluator, LowRank, Problem, Seeded, Stalled, StepReport
+from pipeline.optimizer import Evaluator, LowRank, Move, Problem, Seeded, Stalled, StepReport
 
 # the share of the learning rate that is left when a share of the budget is spent
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -142,9 +142,8 @@ class SeededOptimizer(ABC):
         slopes = self.slopes(centre, grouped)
         rate = self.learning_rate * self._schedule(min(1.0, self._step / self._steps))
         summed, weights = self.direction(list(seeds), [slope / self.directions for slope in slopes])
-        evaluator.move(
-            summed, [-rate * weight for weight in weights], law[0], rate * self.weight_decay, law[1]
-        )
+        moved = [-rate * weight for weight in weights]
+        evaluator.move(Move(summed, moved, self.distribution, rate * self.weight_decay, law[1]))
         self._step += 1
         size = math.sqrt(sum(slope * slope for slope in slopes) / self.directions)
         loss = centre if self.centred else sum(losses) / len(losses)
