@@ -143,8 +143,10 @@ class Optimizer(Protocol):
 class AskTell(Protocol):
     """A population method over displacements from the start point, which is the zero vector.
 
-    ``ask`` returns one or more candidates; ``tell`` gets them back with finite or ``+inf`` losses;
-    ``recommend`` is the point the method would stop at, float32 ``[size]``.
+    ``ask`` returns one or more candidates; ``tell`` gets them back with finite or ``+inf`` losses, which are
+    differences from the start point's on the same batch: the start point itself has 0. ``recommend`` is the
+    point the method would stop at, float32 ``[size]``. A run that goes on, and a replay, tell a new instance
+    the recorded losses again; ``state_dict`` is for whoever keeps the object itself.
     """
 
     def ask(self) -> list[Explicit]: ...
@@ -183,7 +185,7 @@ class AskTellOptimizer:
         Raises:
             UserError: the loss at the start point was not finite in many steps in a row.
         """
-        candidates = self.method.ask()
+        candidates = self._ask()
         origin, *losses = evaluator.losses([self._origin, *candidates])
         self._broken = 0 if math.isfinite(origin) else self._broken + 1
         if self._broken == self.BROKEN_STEPS:
@@ -194,7 +196,7 @@ class AskTellOptimizer:
         origin = origin if math.isfinite(origin) else 0.0
         told = self._tell(candidates, losses, origin)
         while len(told) < self.MIN_EVALUATIONS:
-            candidates = self.method.ask()
+            candidates = self._ask()
             try:
                 losses = evaluator.losses(candidates)
             except BudgetSpent:
@@ -202,6 +204,15 @@ class AskTellOptimizer:
             told += self._tell(candidates, losses, origin)
         evaluator.place(self.method.recommend())
         return StepReport(loss=origin + min(told), metrics={"improvement": -min(told)})
+
+    def _ask(self) -> list[Explicit]:
+        candidates = self.method.ask()
+        if not isinstance(candidates, list) or not candidates:
+            asked = "an empty list" if candidates == [] else f"a {type(candidates).__name__}"
+            raise UserError(
+                f"ask() of {type(self.method).__name__} gave {asked}; it must give a list of Explicit"
+            )
+        return candidates
 
     def _tell(self, candidates: list[Explicit], losses: Sequence[float], origin: float) -> list[float]:
         differences = [loss - origin for loss in losses]

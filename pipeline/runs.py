@@ -174,6 +174,8 @@ def find(name: str) -> Layout:
         if (path / "params.yaml").is_file():
             return Layout(path.resolve())
     runs = project_root() / "runs"
+    if name != "." and (runs / name).is_dir():
+        raise UserError(f"{runs / name} holds no run: it has no params.yaml")
     names = [path.name for path in runs.iterdir() if path.is_dir()] if runs.is_dir() else []
     raise unknown("run", name, names) if names else UserError(f"no run '{name}'; `pipeline run` makes one")
 

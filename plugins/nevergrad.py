@@ -132,6 +132,8 @@ class Nevergrad:
         if factory.no_parallelization and num_workers > 1:
             raise _one_at_a_time(self.name)
         self._factory = _configured(self.name, factory, options)
+        if (limit := _limit(self.name, factory)).startswith("needs"):  # before a run has computed anything
+            raise UserError(f"nevergrad:{self.name} {limit}; install it or choose another optimizer")
         self._problem, self._sigma, self._num_workers = problem, sigma, num_workers
         self._start()
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Sequence
+from typing import Any
 
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.optimizer import AskTellOptimizer, Explicit
 from pipeline.testing import OptimizerContract
+from pipeline.testing.quadratic import Run
 
 
 class Seeded(OptimizerContract):
@@ -93,3 +101,41 @@ class TestAdamW(OptimizerContract):
     @pytest.fixture
     def spec(self) -> str:
         return "adamw,learning_rate=0.01"
+
+
+class Misled:
+    """A method whose ``ask`` gives what it was made with."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def ask(self) -> Any:
+        return self.given
+
+    def tell(self, candidates: Sequence[Explicit], losses: Sequence[float]) -> None: ...
+
+    def recommend(self) -> Tensor:
+        return torch.zeros(4)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "gave an empty list; it must give a list of Explicit"),
+        (None, "gave a NoneType"),
+        ([torch.zeros(4)], "a candidate is a Tensor; it must be Seeded or Explicit"),
+        ([Explicit(torch.zeros(7))], r"coordinates of shape \(7,\); the space has 4"),
+        ([Explicit(torch.zeros(3))], r"coordinates of shape \(3,\); the space has 4"),
+        ([Explicit(torch.zeros(1, 4))], r"coordinates of shape \(1, 4\); the space has 4"),
+    ],
+)
+def test_what_ask_gives_is_checked_in_one_line(given: Any, said: str) -> None:
+    run = Run("cmaes", 4, 1000)
+    run.optimizer = AskTellOptimizer(Misled(given), run.problem)
+    with pytest.raises(UserError, match=said):
+        run.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from pipeline.entry_points import GROUPS, installed, load
 from pipeline.errors import UserError
 from pipeline.optimizer import Problem
 from pipeline.registry import Spec, catalogue, create, variants_of
+from pipeline.scaffold import write_plugin
 
 SMALL = Problem(10, "head", 100, 0)
 
@@ -77,6 +79,27 @@ def test_built_ins_of_every_kind_come_through_the_door() -> None:
     assert {"classification", "mlm", "clm"} <= names["task"]
     assert {"cross_entropy", "error", "squared_error", "margin"} <= names["objective"]
     assert names["stage"] == {"prepare", "pretrain", "finetune", "evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("random", "would hide the module random"),
+        ("torch", "would hide the module torch"),
+        ("My Method", "use lower-case letters"),
+        ("lambda", "use lower-case letters"),
+        ("spsa", "is installed already"),
+    ],
+)
+def test_a_name_that_would_break_something_is_refused(name: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        write_plugin(name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_one_line() -> None:
+    with pytest.raises(UserError, match="cannot write"):
+        write_plugin("my-method", Path("/proc"))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plugins"]])

@@ -13,7 +13,7 @@ from pipeline import noise
 from pipeline.engine.scorer import Scorer
 from pipeline.errors import UserError
 from pipeline.objective import Objective, cross_entropy
-from pipeline.optimizer import BudgetSpent, Candidate, Move
+from pipeline.optimizer import BudgetSpent, Candidate, Explicit, Move, Seeded
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
 
@@ -156,6 +156,8 @@ class BatchEvaluator:
         self.record = StepRecord()
 
     def losses(self, candidates: Sequence[Candidate]) -> list[float]:
+        for candidate in candidates:
+            self._check(candidate)
         losses = self._engine.losses(self._batch, candidates)
         self.record.losses.append(losses)
         return losses
@@ -165,7 +167,17 @@ class BatchEvaluator:
         plain = replace(move, seeds=list(move.seeds), coefficients=[float(c) for c in move.coefficients])
         self.record.moves.append(plain)
 
+    def _check(self, candidate: Candidate) -> None:
+        """Raises UserError for what an optimizer cannot mean: another size would be scored without a word."""
+        if isinstance(candidate, Explicit):
+            shape, size = tuple(candidate.coordinates.shape), self._engine.space.size
+            if shape != (size,):
+                raise UserError(f"a candidate has coordinates of shape {shape}; the space has {size:,}")
+        elif not isinstance(candidate, Seeded):
+            raise UserError(f"a candidate is a {type(candidate).__name__}; it must be Seeded or Explicit")
+
     def place(self, coordinates: Tensor) -> None:
+        self._check(Explicit(coordinates))
         self.record.only_moved = False
         self._engine.space.place(coordinates)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 import re
 from importlib import resources
@@ -22,7 +23,7 @@ def write_plugin(name: str, into: Path) -> Path:
 
     Raises:
         UserError: a name that cannot be an optimizer's and a module's, one that is taken, or a folder that is
-            there.
+            there or cannot be written.
     """
     from pipeline.entry_points import installed
 
@@ -31,6 +32,9 @@ def write_plugin(name: str, into: Path) -> Path:
         raise UserError(
             f"'{name}' cannot name a plugin: use lower-case letters, digits and '-', such as my-method"
         )
+    shadowed = importlib.util.find_spec(module)
+    if shadowed and shadowed.origin:  # without one it is a folder of that name
+        raise UserError(f"'{name}' would hide the module {module} ({shadowed.origin}); choose another name")
     taken = [plugin for plugin in installed(["optimizer"]) if plugin.name == name]
     if taken:
         raise UserError(f"{taken[0]} is installed already; choose another name")
@@ -40,10 +44,19 @@ def write_plugin(name: str, into: Path) -> Path:
     if not into.is_dir():
         raise UserError(f"no folder {into}; make it first")
     words = {"name": name, "module": module, "title": "".join(word.title() for word in module.split("_"))}
-    folder.mkdir()
-    for file, template in FILES.items():
-        text = resources.files(__name__).joinpath(template).read_text(encoding="utf-8")
-        for key, word in words.items():
-            text = text.replace(f"@{key}@", word)
-        (folder / file.format(**words)).write_text(text, encoding="utf-8")
+    try:
+        folder.mkdir()
+        for file, template in FILES.items():
+            (folder / file.format(**words)).write_text(_filled(template, words), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error.strerror}; choose another folder with --into"
+        ) from None
     return folder
+
+
+def _filled(template: str, words: dict[str, str]) -> str:
+    text = resources.files(__name__).joinpath(template).read_text(encoding="utf-8")
+    for key, word in words.items():
+        text = text.replace(f"@{key}@", word)
+    return text

@@ -151,6 +151,11 @@ class SeededOptimizer(ABC):
 
     def _guard(self, losses: Sequence[float]) -> None:
         if not all(math.isfinite(loss) for loss in losses):
+            if not self._step:
+                raise UserError(
+                    "a loss of step 0 is not finite, before anything diverged: is it the objective, or a "
+                    "model that overflows? try dtype=float32"
+                )
             raise UserError(
                 f"a loss of step {self._step} is not finite: the run has diverged; "
                 f"lower learning_rate (now {self.learning_rate:g})"
