@@ -32,12 +32,12 @@ def write_plugin(name: str, into: Path) -> Path:
         raise UserError(
             f"'{name}' cannot name a plugin: use lower-case letters, digits and '-', such as my-method"
         )
-    shadowed = importlib.util.find_spec(module)
-    if shadowed and shadowed.origin:  # without one it is a folder of that name
-        raise UserError(f"'{name}' would hide the module {module} ({shadowed.origin}); choose another name")
     taken = [plugin for plugin in installed(["optimizer"]) if plugin.name == name]
     if taken:
         raise UserError(f"{taken[0]} is installed already; choose another name")
+    shadowed = importlib.util.find_spec(module)
+    if shadowed and shadowed.origin:  # without one it is a folder of that name
+        raise UserError(f"'{name}' would hide the module {module} ({shadowed.origin}); choose another name")
     folder = into / name
     if folder.exists():
         raise UserError(f"{folder} is there already; choose another name, or another folder with --into")
