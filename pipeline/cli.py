@@ -234,6 +234,10 @@ def list_plugins(
     from pipeline.verification import verify as tried
 
     if context.invoked_subcommand:
+        if verify or as_json:
+            raise UserError(
+                "--verify and --json before a name are for the whole list; write --json behind it"
+            )
         return
     verdicts = tried() if verify else [Verdict(plugin, "") for plugin in installed()]
     keys = ["kind", "name", "distribution", "version", "object"]

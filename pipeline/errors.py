@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 
 
@@ -28,7 +29,11 @@ def unknown(kind: str, word: str, choices: Iterable[str]) -> UserError:
 
 
 def guarded(action: Callable[[], object]) -> None:
-    """Runs ``action``; what a user can mend becomes one line and exit status 2, Ctrl-C status 130."""
+    """Runs ``action``; what a user can mend becomes one line and exit status 2, Ctrl-C status 130.
+
+    A warning is one line too.
+    """
+    warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     try:
         action()
     except UserError as error:

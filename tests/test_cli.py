@@ -300,3 +300,27 @@ def test_values_of_a_configuration_are_checked(tmp_path: Path) -> None:
             config.read(path)
     path.write_text("finetune: {learning_rate: 1e-3}")
     assert config.read(path).finetune.learning_rate == 1e-3
+
+
+def test_options_before_a_backend_are_not_swallowed(tmp_path: Path) -> None:
+    for option in ("--verify", "--json"):
+        done = pipeline("plugins", option, "spsa", home=tmp_path)
+        assert done.returncode == 2
+        assert "write --json behind it" in done.stderr
+    assert json.loads(pipeline("plugins", "spsa", "--json", home=tmp_path).stdout)
+
+
+def test_a_folder_that_holds_no_run_is_said_to_hold_none(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "begun").mkdir(parents=True)
+    done = pipeline("run", "--resume", "begun", home=tmp_path)
+    assert done.returncode == 2
+    assert "holds no run: it has no params.yaml" in done.stderr
+
+
+def test_a_warning_is_one_line() -> None:
+    code = (
+        "import warnings\nfrom pipeline.errors import guarded\n"
+        "guarded(lambda: warnings.warn('training ends early', stacklevel=1))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "warning: training ends early\n"

@@ -24,7 +24,9 @@ from benchmarks.nevergrad_names import attempt, checked
 from pipeline.errors import UserError
 from pipeline.optimizer import AskTell, Problem
 from pipeline.registry import Spec, Variant, create
-from plugins.nevergrad import ARCHIVE_BYTES, OTHER, WORST_LOSS, Nevergrad
+from plugins.nevergrad import WORST_LOSS, Nevergrad
+from plugins.nevergrad.catalogue import OTHER
+from plugins.nevergrad.enclosure import ARCHIVE_BYTES
 
 FAMILIES = [
     "OnePlusOne",

@@ -183,8 +183,11 @@ def _check(splits: TaskSplits) -> None:
         raise UserError(f"classification needs at least two labels; the rows have {_quoted(every) or 'none'}")
     for name, examples in splits.items()[1:]:
         if unseen := {example.label for example in examples} - known:
+            dropped = splits.duplicates_dropped
+            why = f" ({dropped} rows repeated a text and were dropped)" if dropped else ""
             raise UserError(
-                f"no training row has the label {_quoted(unseen)}, which {name} rows have; give more of it"
+                f"no training row has the label {_quoted(unseen)}, which {name} rows have; "
+                f"give more of it{why}"
             )
     if missing := known - {example.label for example in splits.test}:
         raise UserError(f"no test row has the label {_quoted(missing)}; give test rows of every label")
