@@ -8,7 +8,7 @@ A population method fills in the smaller `AskTell` instead; `AskTellOptimizer` a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -57,9 +57,24 @@ class Move:
 
 @dataclass(frozen=True)
 class Explicit:
-    """The start point displaced by ``coordinates``: float32 ``[size]``, in the space's own coordinates."""
+    """The start point displaced by ``coordinates``, the space's own: float32 or float64 ``[size]``."""
 
     coordinates: Tensor
+
+
+class Drawn(Explicit):
+    """An `Explicit` whose coordinates ``draw`` makes when they are read: all of a large space's do not fit.
+
+    Each reading draws them again, so whoever scores it reads once.
+    """
+
+    def __init__(self, draw: Callable[[], Tensor]) -> None:
+        object.__setattr__(self, "draw", draw)
+
+    @property
+    def coordinates(self) -> Tensor:
+        drawn: Tensor = object.__getattribute__(self, "draw")()
+        return drawn
 
 
 Candidate = Seeded | Explicit
@@ -144,9 +159,9 @@ class AskTell(Protocol):
     """A population method over displacements from the start point, which is the zero vector.
 
     ``ask`` returns one or more candidates; ``tell`` gets them back with finite or ``+inf`` losses, which are
-    differences from the start point's on the same batch: the start point itself has 0. ``recommend`` is the
-    point the method would stop at, float32 ``[size]``. A run that goes on, and a replay, tell a new instance
-    the recorded losses again; ``state_dict`` is for whoever keeps the object itself.
+    differences from the start point's on the same batch: the start point itself has 0. ``ask`` may raise
+    `Stalled`. ``recommend`` is the point the method would stop at, ``[size]``. A run that goes on, and a
+    replay, tell a new instance the recorded losses again; ``state_dict`` is for whoever keeps the object.
     """
 
     def ask(self) -> list[Explicit]: ...
@@ -184,6 +199,7 @@ class AskTellOptimizer:
 
         Raises:
             UserError: the loss at the start point was not finite in many steps in a row.
+            Stalled: the method has nothing more to try.
         """
         candidates = self._ask()
         origin, *losses = evaluator.losses([self._origin, *candidates])
@@ -196,10 +212,10 @@ class AskTellOptimizer:
         origin = origin if math.isfinite(origin) else 0.0
         told = self._tell(candidates, losses, origin)
         while len(told) < self.MIN_EVALUATIONS:
-            candidates = self._ask()
             try:
+                candidates = self._ask()
                 losses = evaluator.losses(candidates)
-            except BudgetSpent:
+            except (BudgetSpent, Stalled):  # the next step says so, if there is one
                 break
             told += self._tell(candidates, losses, origin)
         evaluator.place(self.method.recommend())

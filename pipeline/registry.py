@@ -5,7 +5,8 @@ A backend is any callable ``backend(problem, *, option=default, …)`` that retu
 checked against its signature; one that takes ``**options`` checks them itself and raises `UserError`.
 A backend whose memory grows with the space has a function attribute
 ``memory_bytes(problem, *, name=None, **options) -> int``, asked before anything is built. One with variants
-has a function attribute ``variants() -> list[Variant]``, which ``pipeline plugins BACKEND`` shows.
+has a function attribute ``variants() -> list[Variant]``, which ``pipeline plugins BACKEND`` shows; one that
+takes one of them by itself where none is named has ``choose(problem, **options) -> (name, why)``.
 """
 
 from __future__ import annotations
@@ -133,14 +134,35 @@ def declared_bytes(spec: Spec, backend: Callable[..., Any], problem: Problem) ->
     return None if declare is None else declare(problem, **check_options("optimizer", spec, backend))
 
 
+def settle(spec: Spec, problem: Problem, defaults: dict[str, Any] | None = None) -> tuple[Spec, str]:
+    """``spec`` with the variant that its backend takes for ``problem`` by itself, and why.
+
+    As it is, and nothing, where it names one or there is nothing to choose.
+
+    Raises:
+        UserError: as `create`.
+    """
+    backend = load("optimizer", spec.backend)
+    choose = getattr(backend, "choose", None)
+    if spec.name is not None or choose is None:
+        return spec, ""
+    name, why = choose(problem, **_options(spec, backend, defaults or {}))
+    return dataclasses.replace(spec, name=name), why
+
+
+def _options(spec: Spec, backend: Callable[..., Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The spec's options, and those of ``defaults`` that the backend names and the spec does not set."""
+    offered = options_of(backend)
+    options = {key: value for key, value in defaults.items() if key in offered and value is not None}
+    return options | check_options("optimizer", spec, backend)
+
+
 def _created(
     spec: Spec, backend: Callable[..., Any], problem: Problem, defaults: dict[str, Any]
 ) -> Optimizer:
     from pipeline.optimizer import AskTell, AskTellOptimizer, Optimizer
 
-    offered = options_of(backend)
-    options = {key: value for key, value in defaults.items() if key in offered and value is not None}
-    options |= check_options("optimizer", spec, backend)
+    options = _options(spec, backend, defaults)
     _refuse_too_large(spec, backend, problem, options)
     built = backend(problem, **options)
     if isinstance(built, Optimizer):

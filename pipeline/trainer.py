@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
 from pipeline.objective import Objective, cross_entropy
 from pipeline.optimizer import BudgetSpent, Problem, Stalled
-from pipeline.registry import Spec, create
+from pipeline.registry import Spec, create, settle
 from pipeline.space import Space
 from pipeline.tasks.base import BatchSource, TaskModel
 from pipeline.trajectory import Header, Recorder, Trajectory, machine, redo, threads
@@ -69,8 +69,9 @@ def train(
     resume: bool = False,
     on_step: OnMeasure | None = None,
     on_measure: OnMeasure | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Result:
-    """Trains ``model`` in place.
+    """Trains ``model`` in place; ``say`` is told what the optimizer chose by itself, in a line.
 
     With ``patience`` the weights of the best measurement are kept, and training stops after that many
     without a better one; without it, those of the last step are. With ``resume`` a run whose ``trajectory``
@@ -80,10 +81,12 @@ def train(
         UserError: a budget below one step, a held-out loss that is not finite at the start, an optimizer that
             refuses the space, or a trajectory to go on from that is of another run or used gradients.
     """
-    header = _header(training, space)
     before = None
     if resume and trajectory and Trajectory.begun(trajectory):
         before = Trajectory.read(trajectory)
+    training = _settled(training, space, before, say)
+    header = _header(training, space)
+    if before:
         _warn_elsewhere(before.header.machine, header.machine)
     with threads(before.header.machine.get("threads") if before else None):
         loop = _Loop(training, model, space, measure, on_measure)
@@ -102,6 +105,25 @@ def train(
             if recorder:
                 recorder.close()
     return loop.result
+
+
+def _settled(
+    training: Training, space: Space, before: Trajectory | None, say: Callable[[str], None]
+) -> Training:
+    """``training`` with the variant that its optimizer chooses: what it was, where a run goes on.
+
+    The choice may hang on free memory, which is another when a run goes on, or is replayed.
+    """
+    chosen, why = settle(training.optimizer, _problem(training, space), training.defaults)
+    if before and chosen != training.optimizer:
+        chosen = replace(training.optimizer, name=Spec.parse(before.header.optimizer).name)
+    elif why:
+        say(f"{training.optimizer} takes {chosen.name}: {why}")
+    return replace(training, optimizer=chosen)
+
+
+def _problem(training: Training, space: Space) -> Problem:
+    return Problem(space.size, space.kind, training.forward_passes, training.run_seed, space.device)
 
 
 def _warn_elsewhere(then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -127,9 +149,8 @@ class _Loop:
         measure: Measure,
         on_measure: OnMeasure | None,
     ) -> None:
-        problem = Problem(space.size, space.kind, training.forward_passes, training.run_seed, space.device)
         self.training = training
-        self.optimizer = create(training.optimizer, problem, training.defaults)
+        self.optimizer = create(training.optimizer, _problem(training, space), training.defaults)
         self.engine = Engine(model, space, training.forward_passes, training.run_seed, training.objective)
         self.best = _Best(space, training.patience)
         self.result = Result(0, 0.0, 0, [])
@@ -183,7 +204,9 @@ class _Loop:
             self.result.forward_passes = made = self.engine.forward_passes
             if recorder:
                 found = None if self.engine.found == known else self.engine.found
-                recorder.step(made, report, evaluator.record, self.optimizer.state_dict(), found)
+                # of one that wrote weights in another way it is not recorded, and may be as large as they are
+                state = self.optimizer.state_dict() if evaluator.record.only_moved else {}
+                recorder.step(made, report, evaluator.record, state, found)
             if on_step:
                 on_step(made, {"train_loss": report.loss, **report.metrics})
         if not self.result.steps:

@@ -79,7 +79,8 @@ class Recorder:
     ) -> None:
         """Notes a step: ``forward_passes`` made so far, its loss, and what it takes to do it again.
 
-        ``found`` is what the engine has found out about how to score, where this step added to it.
+        ``state`` is the optimizer's, empty where the step is not one along seeds alone. ``found`` is what the
+        engine has found out about how to score, where this step added to it.
         """
         scalars = all(isinstance(value, int | float | str | bool) for value in state.values())
         seeded = record.only_moved and scalars

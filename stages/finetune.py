@@ -52,6 +52,7 @@ def _finetune(context: Context, folder: Path) -> dict[str, float]:
             resume=context.resume,
             on_step=on_step,
             on_measure=on_measure,
+            say=context.say,
         )
     context.write_curve("finetune", result.curve)
     if training.space.backend == "lora":

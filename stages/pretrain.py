@@ -48,6 +48,7 @@ def _pretrain(context: Context, folder: Path) -> dict[str, float]:
             resume=context.resume,
             on_step=on_step,
             on_measure=on_measure,
+            say=context.say,
         )
     context.write_curve("pretrain", result.curve)
     if training.space.backend == "lora":

@@ -13,7 +13,7 @@ from pipeline import noise
 from pipeline.engine.scorer import Scorer
 from pipeline.errors import UserError
 from pipeline.objective import Objective, cross_entropy
-from pipeline.optimizer import BudgetSpent, Candidate, Explicit, Move, Seeded
+from pipeline.optimizer import BudgetSpent, Candidate, Drawn, Explicit, Move, Seeded
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
 
@@ -169,6 +169,8 @@ class BatchEvaluator:
 
     def _check(self, candidate: Candidate) -> None:
         """Raises UserError for what an optimizer cannot mean: another size would be scored without a word."""
+        if isinstance(candidate, Drawn):
+            return  # to read its coordinates here would draw them twice: the space checks them
         if isinstance(candidate, Explicit):
             shape, size = tuple(candidate.coordinates.shape), self._engine.space.size
             if shape != (size,):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline import noise
 from pipeline.errors import UserError
-from pipeline.optimizer import Candidate, Explicit, LowRank, Move
+from pipeline.optimizer import Candidate, Drawn, Explicit, LowRank, Move
 from pipeline.space.factors import Factors
 from pipeline.space.memory import Group
 from pipeline.space.searched import Space
@@ -41,7 +41,8 @@ class Projection(Space):
         raise UserError("the space 'projection' has no matrices for low-rank directions; choose full or lora")
 
     def stacked(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
-        return {s.name: torch.stack([self.value(s, each) for each in candidates]) for s in self.tensors}
+        resolved = [self.resolved(each) for each in candidates]
+        return {s.name: torch.stack([self.value(s, each) for each in resolved]) for s in self.tensors}
 
     def move(self, *moves: Move) -> None:
         """As in `Space`, in coordinates; the decay draws them to the start point."""
@@ -61,6 +62,8 @@ class Projection(Space):
         self._point = coordinates.clone()
 
     def resolved(self, candidate: Candidate) -> Candidate:
+        if isinstance(candidate, Drawn):
+            return self._read(candidate)
         if isinstance(candidate, Explicit):
             return candidate
         law, factor = self._law(candidate.seed, candidate.distribution)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline import noise
 from pipeline.errors import UserError
-from pipeline.optimizer import Candidate, Explicit, LowRank, Move, Seeded
+from pipeline.optimizer import Candidate, Drawn, Explicit, LowRank, Move, Seeded
 from pipeline.space.factors import Factors, Layout
 from pipeline.space.memory import Group, Searched, Segment
 
@@ -100,8 +100,19 @@ class Space:
         return self.tensors[0].parameter.device
 
     def resolved(self, candidate: Candidate) -> Candidate:
-        """The candidate in the form in which its elements are had soonest."""
-        return candidate
+        """The candidate in the form in which its elements are had soonest.
+
+        Raises:
+            UserError: its coordinates are of another size.
+        """
+        return self._read(candidate) if isinstance(candidate, Drawn) else candidate
+
+    def _read(self, candidate: Drawn) -> Explicit:
+        coordinates = candidate.coordinates
+        if coordinates.shape != (self.size,):
+            shape = tuple(coordinates.shape)
+            raise UserError(f"a candidate has coordinates of shape {shape}; the space has {self.size:,}")
+        return Explicit(coordinates)
 
     def write(self, candidate: Candidate, group: Group, out: Tensor) -> None:
         """``out`` (flat, of the group's count and dtype) ← the group's elements at ``candidate``.
@@ -142,7 +153,8 @@ class Space:
         """Every searched tensor at each of ``candidates``, by name: ``[candidates, *shape]``."""
         seeded = [candidate for candidate in candidates if isinstance(candidate, Seeded)]
         if len(seeded) < len(candidates) or len({(c.distribution, c.low_rank) for c in seeded}) > 1:
-            return {s.name: torch.stack([self.value(s, each) for each in candidates]) for s in self.tensors}
+            resolved = [self.resolved(each) for each in candidates]
+            return {s.name: torch.stack([self.value(s, each) for each in resolved]) for s in self.tensors}
         place = {seed: i for i, seed in enumerate(dict.fromkeys(candidate.seed for candidate in seeded))}
         laws = [self._law(candidate.seed, candidate.distribution) for candidate in seeded]
         z = noise.directions(list(place), 0, self.elements, laws[0][0], self.device)

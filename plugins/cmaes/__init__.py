@@ -1,46 +1,88 @@
 """The covariance matrix adaptation evolution strategy (Hansen 2016, arXiv 1604.00772) on torch tensors.
 
-``cmaes:CMA`` adapts a full covariance matrix, ``cmaes:SepCMA`` its diagonal (Ros & Hansen 2008); ``cmaes``
-alone takes the first where it is quick and the second elsewhere.
+``cmaes:CMA`` adapts a full covariance matrix, ``cmaes:VkD`` a diagonal and a few directions, ``cmaes:SepCMA``
+a diagonal, ``cmaes:LMMA`` a handful of paths. ``cmaes`` alone takes the first of them that the budget can
+teach and the memory hold.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from torch import Tensor
 
 from pipeline.errors import unknown
 from pipeline.optimizer import Problem
 from pipeline.registry import Variant, options_of
-from plugins.cmaes.full import CMA
-from plugins.cmaes.separable import SepCMA
+from plugins.cmaes.choice import VARIANTS
+from plugins.cmaes.choice import choose as _choose
+from plugins.cmaes.options import Options
+from plugins.cmaes.restarts import SCHEMES, Restarts
 from plugins.cmaes.strategy import CMAES
-
-VARIANTS: dict[str, type[CMAES]] = {"CMA": CMA, "SepCMA": SepCMA}
-FULL_UP_TO = 1000  # coordinates; an eigendecomposition of this size takes some tenths of a second
+from plugins.cmaes.warm_start import warmed
 
 
 def cmaes(
-    problem: Problem, *, name: str | None = None, sigma: float = 0.1, population_size: int = 0
-) -> CMAES:
-    """Builds ``CMA`` or ``SepCMA``; the ``name`` of what it returns says which.
+    problem: Problem,
+    *,
+    name: str | None = None,
+    sigma: float = 0.1,
+    population_size: int = 0,
+    mirrored: bool = False,
+    orthogonal: bool = False,
+    step_size: str = "csa",
+    restarts: str = "none",
+    lower: float = -math.inf,
+    upper: float = math.inf,
+    rank: int = 0,
+    dtype: str = "auto",
+    warm_start: str = "",
+) -> CMAES | Restarts:
+    """Builds a variant; the ``name`` of what it returns says which.
 
     Args:
         problem: the space; coordinates are displacements, so the search starts at zero.
-        name: ``CMA`` or ``SepCMA``; None takes ``CMA`` for at most `FULL_UP_TO` coordinates.
+        name: ``CMA``, ``VkD``, ``SepCMA`` or ``LMMA``; None takes what `choose` says.
         sigma: the standard deviation at the start, in every coordinate.
         population_size: λ, candidates a generation; 0 takes 4 + ⌊3 ln d⌋.
+        mirrored: candidates in pairs z, −z.
+        orthogonal: candidates of a generation orthogonal to each other.
+        step_size: ``csa``, by the length of the evolution path, or ``psr``, by the population's success.
+        restarts: ``none``, where a stop criterion ends the run, ``ipop`` or ``bipop``.
+        lower: the least value of a coordinate.
+        upper: the largest.
+        rank: directions of ``VkD``; 0 takes 4.
+        dtype: of the state: ``float32``, ``float64``, or ``auto``, the variant's own.
+        warm_start: the trajectory of an earlier run over the same space from the same start: where its better
+            points lie is where the search begins.
 
     Raises:
         UserError: another name, or an option out of its range.
     """
-    return _variant(problem, name)(problem, sigma=sigma, population_size=population_size)
+    options = Options(sigma, population_size, mirrored, orthogonal, step_size, lower, upper, dtype, rank)
+    variant = _variant(problem, name, options)
+    if restarts not in SCHEMES:
+        raise unknown("restarts of cmaes", restarts, SCHEMES)
+
+    def build(problem: Problem, options: Options, start: Tensor | None, restart: int) -> CMAES:
+        method = variant(problem, options, start, restart)
+        return warmed(method, problem, warm_start) if warm_start and not restart else method
+
+    if restarts == "none":
+        return build(problem, options, None, 0)
+    return Restarts(restarts, build, problem, options)
 
 
-def memory_bytes(
-    problem: Problem, *, name: str | None = None, population_size: int = 0, **options: Any
-) -> int:
+def choose(problem: Problem, **options: Any) -> tuple[str, str]:
+    """The variant that ``cmaes`` alone takes for ``problem``, and why."""
+    return _choose(problem, _options(options))
+
+
+def memory_bytes(problem: Problem, *, name: str | None = None, **options: Any) -> int:
     """Peak bytes of state, work space and candidates; allocates nothing. Raises UserError as `cmaes` does."""
-    return _variant(problem, name).memory_bytes(problem, population_size)
+    chosen = _options(options)
+    return _variant(problem, name, chosen).memory_bytes(problem, chosen)
 
 
 def variants() -> list[Variant]:
@@ -51,11 +93,17 @@ def variants() -> list[Variant]:
 # where `pipeline.registry` looks for them
 cmaes.memory_bytes = memory_bytes  # type: ignore[attr-defined]
 cmaes.variants = variants  # type: ignore[attr-defined]
+cmaes.choose = choose  # type: ignore[attr-defined]
 
 
-def _variant(problem: Problem, name: str | None) -> type[CMAES]:
+def _options(given: dict[str, Any]) -> Options:
+    apart = ("restarts", "warm_start")
+    return Options(**{key: value for key, value in given.items() if key not in apart})
+
+
+def _variant(problem: Problem, name: str | None, options: Options) -> type[CMAES]:
     if name is None:
-        return CMA if problem.size <= FULL_UP_TO else SepCMA
+        name, _ = _choose(problem, options)
     if name not in VARIANTS:
         raise unknown("variant of cmaes", name, VARIANTS)
     return VARIANTS[name]

@@ -1,0 +1,38 @@
+"""Which variant fits a problem, and why."""
+
+from __future__ import annotations
+
+from pipeline.optimizer import Problem
+from pipeline.registry import free_bytes, readable_bytes
+from plugins.cmaes.full import CMA
+from plugins.cmaes.low_memory import LMMA
+from plugins.cmaes.low_rank import VkD
+from plugins.cmaes.options import Options
+from plugins.cmaes.separable import SepCMA
+from plugins.cmaes.strategy import CMAES, population_size
+
+VARIANTS: dict[str, type[CMAES]] = {"CMA": CMA, "VkD": VkD, "SepCMA": SepCMA, "LMMA": LMMA}
+_SHARE = 0.5  # of free memory
+
+
+def choose(problem: Problem, options: Options) -> tuple[str, str]:
+    """The richest variant that the budget can teach and the memory hold, by name, and why it is that one."""
+    free = free_bytes(problem.device)
+    turned_down: list[str] = []
+    for name in ("CMA", "VkD", "SepCMA"):
+        why = _against(VARIANTS[name], problem, options, free)
+        if not why:
+            return name, "; ".join(turned_down) or "its covariance can be learnt within the budget"
+        turned_down.append(f"{name} {why}")
+    return "LMMA", "; ".join(turned_down)
+
+
+def _against(variant: type[CMAES], problem: Problem, options: Options, free: int) -> str:
+    needed = variant.memory_bytes(problem, options)
+    if needed > _SHARE * free:
+        return f"would take {readable_bytes(needed)} of {readable_bytes(free)} that are free"
+    count = population_size(problem.size, options)
+    evaluations = count / variant.learning_rate(problem.size, options)
+    if evaluations > problem.forward_passes:
+        return f"would take some {evaluations:,.0f} evaluations to learn and has {problem.forward_passes:,}"
+    return ""
