@@ -1,15 +1,17 @@
-"""CMA and SepCMA. Against a reference: evaluations to the target beside FIELD.md section 4 and pycma.
+"""Every variant of CMA-ES. Against references: evaluations to the target beside FIELD.md section 4, pycma,
+the published loop of LM-MA-ES, and nevergrad's own check.
 
-By behaviour: failed evaluations, life after convergence, exact resumption, untouched surroundings.
+By behaviour: failed evaluations, life after convergence, exact resumption, untouched surroundings, choice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,61 +20,26 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.optimizer import AskTell, Explicit, Problem
-from plugins.cmaes import FULL_UP_TO, cmaes
+from pipeline.optimizer import AskTell, Drawn, Problem, Stalled
+from pipeline.registry import Spec, settle
+from plugins.cmaes import VARIANTS, cmaes
 from plugins.cmaes.parameters import Parameters, default_population_size
-from plugins.cmaes.strategy import CMAES
+from plugins.cmaes.sampling import HELD
+from tests.cmaes_problems import (
+    Objective,
+    ellipsoid,
+    evaluations,
+    generations,
+    problem,
+    rastrigin,
+    rosenbrock,
+    rotated_cigar,
+    scored,
+    shifted,
+    sphere,
+)
 
-Objective = Callable[[Tensor], float]
-
-
-def sphere(x: Tensor) -> float:
-    return float(x.square().sum())
-
-
-def ellipsoid(x: Tensor) -> float:
-    return float((10 ** (6 * torch.arange(len(x)) / (len(x) - 1)) * x.square()).sum())
-
-
-def rosenbrock(x: Tensor) -> float:
-    return float((100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum())
-
-
-def shifted(function: Objective) -> Objective:
-    """Coordinates are displacements: the published x0 = 1 puts the optimum at -1."""
-    return lambda x: function(x + 1)
-
-
-def problem(size: int, seed: int = 0) -> Problem:
-    return Problem(size, "projection", 10_000, seed)
-
-
-def scored(candidates: list[Explicit], function: Objective) -> list[float]:
-    return [function(candidate.coordinates.double()) for candidate in candidates]
-
-
-def generations(method: CMAES, function: Objective, count: int) -> list[Tensor]:
-    """Runs ``count`` generations; every candidate they asked for."""
-    asked = []
-    for _ in range(count):
-        candidates = method.ask()
-        method.tell(candidates, scored(candidates, function))
-        asked += [candidate.coordinates for candidate in candidates]
-    return asked
-
-
-def evaluations(method: CMAES, function: Objective, target: float, at_most: int) -> float:
-    """Evaluations until a candidate is below ``target``; infinite after ``at_most``."""
-    count = 0
-    while count < at_most:
-        candidates = method.ask()
-        losses = scored(candidates, function)
-        for index, loss in enumerate(losses):
-            if loss < target:
-                return count + index + 1
-        method.tell(candidates, losses)
-        count += len(losses)
-    return math.inf
+every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +51,8 @@ def evaluations(method: CMAES, function: Objective, target: float, at_most: int)
         ("CMA", rosenbrock, 10, 0.1, 4990),
         ("SepCMA", shifted(sphere), 100, 0.5, 10047),
         ("SepCMA", shifted(ellipsoid), 100, 0.5, 27404),
+        ("LMMA", shifted(sphere), 128, 0.5, 11349),
+        ("VkD", shifted(rotated_cigar), 20, 0.5, 6440),  # pycma's VkD, whose doctest this is
     ],
 )
 def test_reaches_1e_8_in_the_evaluations_of_the_field(
@@ -91,9 +60,10 @@ def test_reaches_1e_8_in_the_evaluations_of_the_field(
 ) -> None:
     counts = [
         evaluations(cmaes(problem(size, seed), name=name, sigma=sigma), function, 1e-8, 2 * reference)
-        for seed in range(1 if size == 100 else 3)
+        for seed in range(1 if size >= 100 else 3)
     ]
-    assert statistics.median(counts) < 1.5 * reference
+    # few seeds: benchmarks.cmaes holds the medians of five to 10%
+    assert statistics.median(counts) < 1.2 * reference
 
 
 @pytest.fixture
@@ -146,7 +116,7 @@ def test_weights_keep_the_covariance_positive_definite() -> None:
                 assert size * p.c_mu * negative <= (1 - p.c_1 - p.c_mu) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("name", ["CMA", "SepCMA"])
+@every_variant
 def test_converges_though_three_in_ten_evaluations_fail(name: str) -> None:
     failures = random.Random(0)
     method = cmaes(problem(10), name=name, sigma=0.5)
@@ -154,11 +124,12 @@ def test_converges_though_three_in_ten_evaluations_fail(name: str) -> None:
     def failing(x: Tensor) -> float:
         return failures.choice([math.nan, math.inf, -math.inf]) if failures.random() < 0.3 else sphere(x + 1)
 
-    generations(method, failing, 400)
+    with contextlib.suppress(Stalled):
+        generations(method, failing, 400)
     assert sphere(method.recommend() + 1) < 1e-8
 
 
-@pytest.mark.parametrize("name", ["CMA", "SepCMA"])
+@every_variant
 @pytest.mark.parametrize("loss", [math.nan, 0.7])
 def test_a_generation_of_equal_losses_changes_only_the_noise(name: str, loss: float) -> None:
     method = cmaes(problem(5), name=name)
@@ -168,18 +139,32 @@ def test_a_generation_of_equal_losses_changes_only_the_noise(name: str, loss: fl
     after, second = method.state_dict(), method.ask()
     assert not torch.equal(first[0].coordinates, second[0].coordinates)
     assert before["sigma"] == after["sigma"]
-    assert all(torch.equal(before[key], after[key]) for key in ("mean", "covariance", "path_sigma", "path_c"))
+    tensors = [key for key, value in before.items() if isinstance(value, Tensor)]
+    assert len(tensors) >= 4
+    assert all(torch.equal(before[key], after[key]) for key in tensors)
 
 
-@pytest.mark.parametrize("name", ["CMA", "SepCMA"])
-@pytest.mark.parametrize("function", [sphere, lambda x: 1.0, lambda x: float(x.sum())])
-def test_goes_on_after_convergence_on_a_plateau_and_without_a_bound(name: str, function: Objective) -> None:
+@every_variant
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (sphere, "Tol|NoEffect|EqualFunValues"),
+        (lambda x: 1.0, "EqualFunValues"),
+        (lambda x: float(x.sum()), "Up"),
+    ],
+)
+def test_stops_when_converged_on_a_plateau_and_without_a_bound(
+    name: str, function: Objective, why: str
+) -> None:
     method = cmaes(problem(3), name=name)
-    generations(method, function, 1500)
-    candidates = method.ask()
-    assert all(torch.isfinite(candidate.coordinates).all() for candidate in candidates)
-    assert 0 < method.sigma < math.inf
-    assert len({tuple(candidate.coordinates.tolist()) for candidate in candidates}) == len(candidates)
+    with pytest.raises(Stalled, match=why):
+        generations(method, function, 3000)
+    numbers = [value for value in method.state_dict().values() if isinstance(value, Tensor)]
+    assert all(torch.isfinite(value).all() for value in numbers)
+    restored = cmaes(problem(3), name=name)
+    restored.load_state_dict(method.state_dict())
+    with pytest.raises(Stalled):  # and stays so
+        restored.ask()
 
 
 def test_diagonal_and_full_agree_where_the_function_is_separable() -> None:
@@ -197,7 +182,7 @@ def test_diagonal_is_the_full_method_in_one_dimension() -> None:
     assert all(torch.allclose(one, other, rtol=1e-5) for one, other in pairs)
 
 
-@pytest.mark.parametrize("name", ["CMA", "SepCMA"])
+@every_variant
 def test_a_restored_run_goes_on_bit_for_bit(name: str) -> None:
     unbroken = cmaes(problem(40), name=name)
     generations(unbroken, rosenbrock, 7)
@@ -211,7 +196,7 @@ def test_a_restored_run_goes_on_bit_for_bit(name: str) -> None:
     assert restored.sigma == unbroken.sigma
 
 
-@pytest.mark.parametrize("name", ["CMA", "SepCMA"])
+@every_variant
 def test_runs_depend_on_their_seed_alone(name: str) -> None:
     def run(seed: int) -> Tensor:
         return torch.stack(generations(cmaes(problem(6, seed), name=name), shifted(sphere), 5))
@@ -222,7 +207,7 @@ def test_runs_depend_on_their_seed_alone(name: str) -> None:
     assert not torch.equal(first, run(2))
 
 
-@pytest.mark.parametrize("name", ["CMA", "SepCMA"])
+@every_variant
 def test_leaves_arguments_and_global_generators_alone(name: str) -> None:
     np.random.seed(7)
     expected = np.random.random(3).tolist()
@@ -256,18 +241,35 @@ def test_fills_in_the_protocol() -> None:
         method.tell(candidates[:4], [0.0] * 4)
 
 
-def test_chooses_the_variant_by_size_and_shows_it() -> None:
-    assert cmaes(problem(FULL_UP_TO)).name == "CMA"
-    assert cmaes(problem(FULL_UP_TO + 1)).name == "SepCMA"
-    assert cmaes(problem(FULL_UP_TO), name="SepCMA").name == "SepCMA"
+def test_alone_takes_the_richest_variant_that_budget_and_memory_allow() -> None:
+    def chosen(size: int, budget: int) -> tuple[str, str]:
+        spec, why = settle(Spec.parse("cmaes,sigma=0.3"), problem(size, budget=budget))
+        assert spec.options == {"sigma": 0.3}
+        assert cmaes(problem(size, budget=budget), sigma=0.3).name == spec.name
+        return str(spec.name), why
+
+    assert chosen(10, 10_000)[0] == "CMA"
+    name, why = chosen(770, 20_000)
+    assert name == "VkD"
+    assert "CMA would take some" in why
+    assert "and has 20,000" in why
+    assert chosen(770, 5_000)[0] == "SepCMA"
+    name, why = chosen(100_000, 10_000)
+    assert name == "LMMA"
+    assert "that are free" in why
+    named = Spec.parse("cmaes:CMA")
+    assert settle(named, problem(770)) == (named, "")
 
 
 def test_declares_memory_without_allocating() -> None:
     memory_bytes = cmaes.memory_bytes  # type: ignore[attr-defined]
     whole = Problem(22_700_000, "full", 10_000, 0)
     assert memory_bytes(whole, name="CMA", sigma=0.1) > 8 * 2**50  # petabytes
-    assert memory_bytes(whole) == memory_bytes(whole, name="SepCMA") < 2**33
-    assert memory_bytes(whole, population_size=10) < memory_bytes(whole)
+    assert (
+        memory_bytes(whole) == memory_bytes(whole, name="LMMA") < memory_bytes(whole, name="SepCMA") < 2**33
+    )
+    small = Problem(1000, "head", 10_000, 0)
+    assert memory_bytes(small, population_size=10) < memory_bytes(small, population_size=100)
     with pytest.raises(UserError, match="unknown"):
         memory_bytes(whole, name="nope")
 
@@ -276,11 +278,18 @@ def test_declares_memory_without_allocating() -> None:
     ("options", "said"),
     [
         ({"name": "SepCMAES"}, "did you mean 'SepCMA'"),
-        ({"name": "xyz"}, "choose one of CMA, SepCMA"),
+        ({"name": "xyz"}, "choose one of CMA, LMMA, SepCMA, VkD"),
         ({"sigma": 0.0}, "sigma must be positive"),
         ({"sigma": math.nan}, "sigma must be positive"),
         ({"population_size": 1}, "population_size must be at least 2"),
         ({"population_size": -3}, "population_size must be at least 2"),
+        ({"population_size": 7, "mirrored": True}, "must be even, not 7"),
+        ({"step_size": "tpa"}, "choose one of csa, psr"),
+        ({"restarts": "ipo"}, "did you mean 'ipop'"),
+        ({"dtype": "float16"}, "did you mean 'float64'"),
+        ({"lower": 0.5}, "must lie inside the bounds"),
+        ({"rank": -1}, "rank must be at least 1"),
+        ({"warm_start": "nowhere.jsonl"}, "no trajectory at nowhere.jsonl"),
     ],
 )
 def test_refuses_in_one_line(options: dict[str, object], said: str) -> None:
@@ -291,10 +300,224 @@ def test_refuses_in_one_line(options: dict[str, object], said: str) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["CMA", "SepCMA"])
+@every_variant
 def test_samples_the_same_on_every_device(name: str) -> None:
     cpu = cmaes(problem(20), name=name)
     cuda = cmaes(Problem(20, "projection", 10_000, 0, torch.device("cuda")), name=name)
     expected, actual = (generations(method, shifted(sphere), 10) for method in (cpu, cuda))
     assert actual[0].device.type == "cuda"
     assert all(torch.allclose(a.cpu(), e, atol=1e-4) for a, e in zip(actual, expected, strict=True))
+
+
+@every_variant
+def test_half_the_evaluations_may_fail_and_the_mean_is_not_drawn_to_them(name: str) -> None:
+    method = cmaes(problem(4), name=name, sigma=0.5)
+    candidates = method.ask()
+    losses = [math.nan] * (len(candidates) - 1) + [0.0]
+    method.tell(candidates, losses)
+    towards = candidates[-1].coordinates.double()
+    moved = method.recommend().double()
+    assert torch.nn.functional.cosine_similarity(moved, towards, dim=0) == pytest.approx(1, abs=1e-5)
+
+
+@every_variant
+def test_coordinates_of_a_large_space_are_drawn_as_they_are_read(name: str) -> None:
+    """As held and as drawn, the same run: only how much is held differs."""
+    size, count = 3000, HELD // 3000 + 2
+    if name in ("CMA", "VkD"):
+        pytest.skip("always hold their samples")
+    method = cmaes(problem(size), name=name, population_size=count + count % 2, sigma=0.5)
+    candidates = method.ask()
+    assert all(isinstance(candidate, Drawn) for candidate in candidates)
+    first = candidates[3].coordinates
+    assert torch.equal(first, candidates[3].coordinates)
+    assert first.std() == pytest.approx(0.5, rel=0.1)
+    before = sphere(method.recommend().double() + 1)
+    for _ in range(3):
+        asked = method.ask()
+        method.tell(asked, scored(asked, shifted(sphere)))
+    assert sphere(method.recommend().double() + 1) < 0.95 * before
+    with pytest.raises(RuntimeError, match="after its generation was told"):
+        _ = candidates[0].coordinates
+
+
+@pytest.mark.parametrize("name", ["SepCMA", "LMMA"])
+def test_drawing_by_spans_is_drawing_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> tuple[Tensor, float]:
+        method = cmaes(problem(700), name=name, sigma=0.5, dtype="float64", mirrored=True)
+        generations(method, shifted(sphere), 12)
+        return method.recommend(), method.sigma
+
+    whole, sigma = run()
+    monkeypatch.setattr("plugins.cmaes.sampling.HELD", 0)
+    monkeypatch.setattr("plugins.cmaes.sampling._DRAWN", 1024)
+    spans, other = run()
+    # negative weights of what is not held are not scaled by the length of each sample
+    assert torch.allclose(whole, spans, atol=0.02 if name == "SepCMA" else 1e-12)
+    assert other == pytest.approx(sigma, rel=0.02 if name == "SepCMA" else 1e-12)
+
+
+def test_by_cholesky_as_by_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_axes = [
+        evaluations(cmaes(problem(10, s), name="CMA", sigma=0.5), shifted(ellipsoid), 1e-8, 9000)
+        for s in range(5)
+    ]
+    monkeypatch.setattr("plugins.cmaes.full.CHOLESKY_FROM", 2)
+    triangular = [
+        evaluations(cmaes(problem(10, s), name="CMA", sigma=0.5), shifted(ellipsoid), 1e-8, 9000)
+        for s in range(5)
+    ]
+    assert by_axes != triangular
+    assert statistics.median(triangular) == pytest.approx(statistics.median(by_axes), rel=0.15)
+
+
+@pytest.mark.parametrize("triangular", [False, True])
+def test_a_covariance_that_rounding_broke_is_mended(
+    triangular: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if triangular:
+        monkeypatch.setattr("plugins.cmaes.full.CHOLESKY_FROM", 2)
+    method = cmaes(problem(5), name="CMA")
+    method._covariance[0, 0] = -1e-18
+    method._refresh()
+    z = torch.randn(9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(method._spread(z)).all()
+    assert torch.linalg.eigvalsh(method._root @ method._root.T)[0] > 0
+
+
+@every_variant
+def test_whitening_undoes_spreading(name: str) -> None:
+    method = cmaes(problem(12), name=name, sigma=0.5, dtype="float64")
+    generations(method, rosenbrock, 40)
+    z = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = method._spread(z)
+    assert not torch.allclose(y, z, rtol=0.01)
+    assert torch.allclose(method._whitened(y), z, atol=1e-9)
+
+
+@every_variant
+def test_injecting_what_it_asked_is_telling_it(name: str) -> None:
+    told, injected = (cmaes(problem(6), name=name, sigma=0.5, dtype="float64") for _ in range(2))
+    for _ in range(10):
+        candidates = told.ask()
+        losses = scored(candidates, shifted(sphere))
+        told.tell(candidates, losses)
+        injected.resample()
+        injected.inject([candidate.coordinates for candidate in candidates], losses)
+    # an injected sample longer than most is cut
+    assert torch.allclose(told.recommend(), injected.recommend(), atol=0.05)
+    far = [100 * torch.ones(6, dtype=torch.float64)] * len(candidates)
+    before = injected.recommend()
+    injected.inject(far, [float(i) for i in range(len(far))])
+    assert (injected.recommend() - before).norm() < 10 * injected.sigma
+
+
+@every_variant
+@pytest.mark.parametrize("options", [{"mirrored": True}, {"orthogonal": True}, {"step_size": "psr"}])
+def test_other_samples_and_step_sizes_converge_too(name: str, options: dict[str, Any]) -> None:
+    size = 40 if name == "LMMA" else 10  # its steps are too bold for pairs in a few dimensions
+    method = cmaes(problem(size), name=name, sigma=0.5, **options)
+    assert evaluations(method, shifted(sphere), 1e-8, 10_000) < 300 * size
+
+
+@every_variant
+def test_bounds_hold_and_an_optimum_on_one_is_found(name: str) -> None:
+    method = cmaes(problem(5), name=name, sigma=0.3, lower=-0.4, upper=1.0)
+    with contextlib.suppress(Stalled):
+        for _ in range(1000):
+            for candidate in generations(method, shifted(sphere), 1):
+                assert candidate.min() >= -0.4
+                assert candidate.max() <= 1.0
+    assert torch.allclose(method.recommend(), torch.full((5,), -0.4), atol=1e-3)
+
+
+def test_restarts_find_what_one_run_does_not() -> None:
+    """Rastrigin's 10⁴ local optima: each doubled population sees further."""
+    counts = {}
+    for restarts in ("none", "ipop", "bipop"):
+        method = cmaes(problem(4, 1), sigma=0.5, restarts=restarts, lower=-5, upper=4)
+        try:
+            counts[restarts] = evaluations(method, shifted(rastrigin), 1e-6, 60_000)
+        except Stalled:
+            counts[restarts] = math.inf
+    assert counts["none"] == math.inf
+    assert max(counts["ipop"], counts["bipop"]) < 60_000
+
+
+@pytest.mark.parametrize("scheme", ["ipop", "bipop"])
+def test_restarts_resume_bit_for_bit_and_recommend_the_best_run(scheme: str) -> None:
+    def method() -> Any:
+        return cmaes(problem(3, 4), sigma=0.5, restarts=scheme, lower=-5, upper=4)
+
+    unbroken = method()
+    while unbroken.restarts < 3:
+        generations(unbroken, shifted(rastrigin), 7)
+    restored = method()
+    restored.load_state_dict(unbroken.state_dict())
+    while unbroken.restarts < 6:
+        one, other = (generations(each, shifted(rastrigin), 20) for each in (unbroken, restored))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert torch.equal(unbroken.recommend(), restored.recommend())
+    assert shifted(rastrigin)(unbroken.recommend().double()) < 2.0
+
+
+def test_restarts_double_the_population() -> None:
+    method = cmaes(problem(3), sigma=0.5, restarts="ipop")
+    sizes = []
+    while method.restarts < 3:
+        if len(sizes) <= method.restarts:
+            sizes.append(len(method.ask()))
+        generations(method, sphere, 1)
+    assert sizes == [7, 14, 28]
+
+
+def test_low_memory_is_the_published_procedure() -> None:
+    """Its samples against the loop of Loshchilov et al. 2017, algorithm 2, lines 7 to 10 and 15 to 21."""
+    method = cmaes(problem(30, budget=10**7), name="LMMA", sigma=0.5, dtype="float64")
+    p = method.parameters
+    m = len(method._paths)
+    assert m == default_population_size(30)
+    paths = torch.zeros(m, 30, dtype=torch.float64)
+    c_d = [1 / (1.5**i * 30) for i in range(m)]
+    c_c = [min(0.5, p.population_size / (4**i * 30)) for i in range(m)]
+    for generation in range(25):
+        z = method._noise.block(slice(None))
+        d = z.clone()
+        for j in range(min(generation, m)):
+            d = (1 - c_d[j]) * d + c_d[j] * torch.outer(d @ paths[j], paths[j])
+        assert torch.allclose(method._spread(z), d, rtol=1e-9, atol=1e-12)
+        candidates = method.ask()
+        losses = scored(candidates, rosenbrock)
+        order = sorted(range(len(losses)), key=losses.__getitem__)
+        step = sum(p.weights[rank] * z[index] for rank, index in enumerate(order))
+        for i in range(m):
+            paths[i] = (1 - c_c[i]) * paths[i] + math.sqrt(p.mu_eff * c_c[i] * (2 - c_c[i])) * step
+        method.tell(candidates, losses)
+
+
+def test_low_memory_holds_only_the_paths_that_a_budget_lets_matter() -> None:
+    """A short run with all paths ends where one with few does."""
+    short = cmaes(problem(2000, budget=800), name="LMMA", sigma=0.5, dtype="float64")
+    whole = cmaes(problem(2000, budget=10**9), name="LMMA", sigma=0.5, dtype="float64")
+    assert len(short._paths) < len(whole._paths) == default_population_size(2000)
+    for method in (short, whole):
+        generations(method, shifted(ellipsoid), 800 // short.parameters.population_size)
+    moved = whole.recommend().norm()
+    assert (short.recommend() - whole.recommend()).norm() < 1e-3 * moved
+
+
+def test_is_an_optimizer_of_nevergrad() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nevergrad's own, and of what it imports
+        import nevergrad
+        from nevergrad.optimization.test_optimizerlib import check_optimizer
+
+        import plugins.cmaes.in_nevergrad  # noqa: F401
+
+        check_optimizer(nevergrad.optimizers.registry["TorchCMA"], budget=300)
+        for workers in (1, 7, 20):  # losses come late, and out of step with generations
+            point = nevergrad.p.Array(shape=(10,))
+            point.random_state.seed(0)
+            optimizer = nevergrad.optimizers.registry["TorchCMA"](point, 3000, workers)
+            best = optimizer.minimize(lambda x: float(((x - 0.7) ** 2).sum()))
+            assert ((best.value - 0.7) ** 2).sum() < 1e-6

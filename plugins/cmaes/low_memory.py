@@ -64,7 +64,7 @@ class LMMA(CMAES):
         p = Parameters.of(size, population_size)
         weights = tuple(max(weight, 0.0) for weight in p.weights)
         # the paper's 2 λ/n is no rate where n is small
-        return replace(p, weights=weights, c_sigma=min(0.5, 2 * population_size / size))
+        return replace(p, weights=weights, c_sigma=min(0.3, 2 * population_size / size))
 
     def _path_length_rule(self) -> PathLength:
         return PathLength(self.parameters, squared=True)
@@ -78,7 +78,7 @@ class LMMA(CMAES):
         return torch.addmm(z, by, self._paths[:rows], beta=float(self._left[rows - 1]))
 
     def _coefficients(self, along: Tensor, rows: int) -> Tensor:
-        """How much of each path is added to samples; ``along`` are their products with the paths, ``[rows, k]``.
+        """How much of each path is added to samples; ``along``: their products with them, ``[rows, k]``.
 
         The j-th factor adds c_j p_j (p_jᵀ d) to what the ones before made of z, d = a z + Σ_{i<j} b_i p_i:
         the products p_jᵀ d solve a triangular system.

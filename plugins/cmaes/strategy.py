@@ -104,11 +104,15 @@ class CMAES(ABC):
                 f"{len(losses)} losses of {len(candidates)}"
             )
         self._learn_from(self._noise, losses, mirrored=self.options.mirrored)
+        self.resample()
+
+    def resample(self) -> None:
+        """Has ``ask`` give other candidates of the same distribution; those it gave may still be injected."""
         self._generation += 1
         self._noise = self._next_noise()
 
     def inject(self, points: Sequence[Tensor], losses: Sequence[float]) -> None:
-        """As ``tell``, from λ points ``[size]`` of any origin: of older distributions, or of another method.
+        """As ``tell``, from points ``[size]`` of any origin: of older distributions, or of another method.
 
         How far one may pull is bounded (Hansen 2011, arXiv 1110.4181, equation 5). Where not all points are
         of the present distribution, ``step_size=psr`` is the rule that still means something.
