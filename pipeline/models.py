@@ -109,7 +109,7 @@ def load_encoder(location: str, dtype: str = "float32") -> PreTrainedModel:
         model: PreTrainedModel = AutoModel.from_pretrained(
             location, use_safetensors=True, dtype=choose_dtype(dtype), **options
         )
-    prompt.load_prompt(model, Path(location))
+        prompt.load_prompt(model, Path(location))
     model.eval()
     return model
 
@@ -151,7 +151,7 @@ def load_language_model(location: str, task: str, seed: int, dtype: str = "float
         model: PreTrainedModel = auto.from_pretrained(
             location, use_safetensors=True, dtype=choose_dtype(dtype)
         )
-    prompt.load_prompt(model.base_model, Path(location))
+        prompt.load_prompt(model.base_model, Path(location))
     model.eval()
     return model
 

@@ -45,11 +45,11 @@ def tokens_in(model: nn.Module) -> int:
 def with_prompt(encoder: nn.Module, tokens: int, seed: int) -> None:
     """Adds a prompt of ``tokens`` words' embeddings, drawn from ``seed`` among all rows of the vocabulary.
 
-    Words are what the encoder was trained to read: they move its states least (docs/architecture.md has the
-    figures). A prompt that it has already, from pretraining, stays where it is.
+    Words are what the encoder was trained to read (docs/architecture.md has figures). A prompt that it has
+    already, from pretraining, stays as it is.
 
     Raises:
-        UserError: the encoder takes no embeddings, or has a prompt of another length.
+        UserError: an encoder that cannot have a prompt, or that has one of another length.
     """
     has = tokens_in(encoder)
     if has not in (0, tokens):
@@ -58,8 +58,8 @@ def with_prompt(encoder: nn.Module, tokens: int, seed: int) -> None:
         return
     if not _takes_embeddings(encoder):
         raise UserError(
-            f"a {type(encoder).__name__} is given no embeddings, which a prompt needs; "
-            "choose another space, such as lora"
+            f"a prompt needs a transformer that takes inputs_embeds and reads one text, which a "
+            f"{type(encoder).__name__} is not; choose another space, such as lora"
         )
     ids = np.random.default_rng(seed).integers(_words(encoder), size=tokens)
     attach(encoder, _embedded(encoder, torch.from_numpy(ids)))
@@ -98,8 +98,6 @@ def save_prompt(encoder: Any, folder: Path) -> None:
         task_type=TaskType.FEATURE_EXTRACTION,
         num_virtual_tokens=tokens,
         token_dim=width,
-        num_layers=encoder.config.num_hidden_layers,
-        num_attention_heads=encoder.config.num_attention_heads,
         num_transformer_submodules=1,
         inference_mode=True,
     ).save_pretrained(str(folder / FOLDER))
@@ -130,8 +128,10 @@ def _prompt(encoder: nn.Module) -> SoftPrompt:
 
 def _takes_embeddings(encoder: nn.Module) -> bool:
     """Whether a text may be given as embeddings, and the states are those of its tokens."""
+    from transformers import PreTrainedModel
+
     takes = "inputs_embeds" in inspect.signature(type(encoder).forward).parameters
-    return takes and not getattr(encoder.config, "is_encoder_decoder", False)
+    return takes and isinstance(encoder, PreTrainedModel) and not encoder.config.is_encoder_decoder
 
 
 def _words(encoder: nn.Module) -> int:

@@ -227,9 +227,9 @@ def test_a_prompt_from_pretraining_is_searched_on(bert: Path, tmp_path: Path) ->
         searched("prompt,tokens=5", further)
 
 
-def test_a_model_that_takes_no_embeddings_is_refused() -> None:
+def test_a_model_that_cannot_have_a_prompt_is_refused() -> None:
     model, _ = translator()
-    with pytest.raises(UserError, match="T5ForConditionalGeneration is given no embeddings"):
+    with pytest.raises(UserError, match="inputs_embeds and reads one text, which a T5ForCond"):
         searched(PROMPT, model)
 
 
