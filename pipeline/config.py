@@ -56,7 +56,8 @@ class TrainConfig:
     optimizer: str = "spsa"
     # What is minimised: cross_entropy, error, squared_error, margin[,width=1]; see `pipeline plugins`.
     objective: str = "cross_entropy"
-    # What is searched: full, biases, head, lora[,rank=8], projection[,dimension=1000].
+    # What is searched: full, biases, head, lora[,rank=8], projection[,dimension=1000],
+    # prompt[,tokens=10,dimension=500].
     space: str = "head"
     # The budget, in forward passes of the model over one batch.
     forward_passes: int = within(1, 2000)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pipeline import prompt
 from pipeline.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -93,7 +94,10 @@ def load_config(location: str) -> Any:
 
 
 def load_encoder(location: str, dtype: str = "float32") -> PreTrainedModel:
-    """The model without a head, in eval mode; ``dtype`` is a name that `choose_dtype` knows."""
+    """The model without a head, in eval mode, with the prompt that `save_model` left beside it.
+
+    ``dtype`` is a name that `choose_dtype` knows.
+    """
     from transformers import MODEL_MAPPING, AutoModel
 
     with _loading(location):
@@ -105,14 +109,22 @@ def load_encoder(location: str, dtype: str = "float32") -> PreTrainedModel:
         model: PreTrainedModel = AutoModel.from_pretrained(
             location, use_safetensors=True, dtype=choose_dtype(dtype), **options
         )
+        prompt.load_prompt(model, Path(location))
     model.eval()
     return model
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """A ``save_pretrained`` directory; a prompt, which the model's class does not know, lies beside it."""
+    weights = {key: value for key, value in model.state_dict().items() if prompt.NAME not in key.split(".")}
+    model.save_pretrained(str(folder), state_dict=weights)
+    prompt.save_prompt(model.base_model, folder)
 
 
 def pass_through(reference: str, folder: Path) -> None:
     """Saves a model without a head, and its tokenizer, as they come."""
     location = locate(reference)
-    load_encoder(location, "auto").save_pretrained(str(folder))
+    save_model(load_encoder(location, "auto"), folder)
     load_tokenizer(location).save_pretrained(str(folder))
 
 
@@ -120,7 +132,8 @@ def load_language_model(location: str, task: str, seed: int, dtype: str = "float
     """The model with its language-modelling head, in eval mode.
 
     ``task`` is ``mlm`` or ``clm``, ``dtype`` a name that `choose_dtype` knows. Parts the checkpoint
-    lacks, such as a head that was never trained, are drawn from ``seed``.
+    lacks, such as a head that was never trained, are drawn from ``seed``. A prompt beside it is
+    loaded too.
 
     Raises:
         UserError: the model cannot be loaded, or has no such head.
@@ -138,6 +151,7 @@ def load_language_model(location: str, task: str, seed: int, dtype: str = "float
         model: PreTrainedModel = auto.from_pretrained(
             location, use_safetensors=True, dtype=choose_dtype(dtype)
         )
+        prompt.load_prompt(model.base_model, Path(location))
     model.eval()
     return model
 

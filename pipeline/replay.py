@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline import start
+from pipeline import prompt, start
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout, partial
@@ -69,8 +69,9 @@ def replay(layout: Layout, stage: str, out: Path | None = None) -> Replayed:
 
 
 def _compare(saved: Path, rebuilt: Path) -> None:
-    for file in sorted(saved.glob("*.safetensors")):
-        if file.name != START_FILE and not filecmp.cmp(file, rebuilt / file.name, shallow=False):
+    for file in sorted([*saved.glob("*.safetensors"), *saved.glob(f"{prompt.FOLDER}/*.safetensors")]):
+        same = rebuilt / file.relative_to(saved)
+        if file.name != START_FILE and not filecmp.cmp(file, same, shallow=False):
             raise UserError(
                 f"{file} is not what its trajectory gives: the saved model was changed after the run"
             )

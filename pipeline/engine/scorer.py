@@ -15,6 +15,7 @@ from pipeline.engine.onthefly import OnePoint, Scratch
 from pipeline.errors import UserError
 from pipeline.objective import Objective, cross_entropy
 from pipeline.optimizer import Candidate, Seeded
+from pipeline.prompt import tokens_in
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
 
@@ -39,6 +40,7 @@ class Scorer:
         self._model = model
         self._objective = objective
         self._space = space
+        self._prompt = tokens_in(model)
         self._modules = SearchedModules(model, space)
         self._scratch = Scratch()
         self.together: bool | None = None
@@ -140,10 +142,11 @@ class Scorer:
             most = min(most, _STACKED // self._space.elements)
         if features is not None:
             return max(1, min(most, _STACKED // features.numel()))
-        examples, tokens = batch.inputs["input_ids"].shape
+        examples, length = batch.inputs["input_ids"].shape
+        tokens = self._prompt + length
         most = min(most, _TOKENS.get(self._space.device.type, _TOKENS_ELSEWHERE) // (examples * tokens))
         # an input of one token, or of as many as there are examples, does not show which is which
-        return 1 if tokens == 1 else max(1, most - (most * examples == tokens))
+        return 1 if length == 1 else max(1, most - (most * examples == tokens))
 
     def _proven(self, batch: Batch, features: Tensor | None, candidates: Sequence[Candidate]) -> bool:
         """Whether two candidates score together as they do alone; they must be far enough apart to tell.

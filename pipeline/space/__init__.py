@@ -6,10 +6,13 @@
 ``lora``        low-rank factors on every linear layer of the encoder, and the head (Hu et al. 2022)
 ``projection``  a random subspace of ``full``: each parameter follows one of k coordinates, with a random
                 sign (a sparse embedding, Clarkson & Woodruff 2013; random subspaces: Li et al. 2018)
+``prompt``      a random subspace of a soft prompt, vectors read before each text (black-box tuning, Sun et
+                al. 2022), or with ``dimension=0`` its elements; nothing else, not the head either
 
-In all but the last, coordinates are the parameters' own elements, one tensor after another. With
+In the first four, coordinates are the parameters' own elements, one tensor after another. With
 ``encoder_scale=s`` a coordinate of the encoder moves its element by s: a fresh head can then learn at its own
-pace without shaking what is already trained under it (discriminative rates: Howard & Ruder 2018).
+pace without shaking what is already trained under it (discriminative rates: Howard & Ruder 2018). In
+``prompt`` a coordinate moves its elements by s standard deviations of the words' embeddings, in either form.
 """
 
 from pipeline.space.kinds import build, parse, prepare_model

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.errors import UserError, nearest, unknown
+from pipeline.prompt import NAME, embedding_scale
 from pipeline.registry import Spec
 from pipeline.space.projection import Projection
 from pipeline.space.searched import Space
@@ -20,14 +21,16 @@ OPTIONS: dict[str, dict[str, int | float]] = {
     "head": {},
     "lora": {"rank": 8, "encoder_scale": 1.0},
     "projection": {"dimension": 1000},
+    "prompt": {"tokens": 10, "dimension": 500, "encoder_scale": 1.0},
 }
+_MAY_BE_ZERO = {("prompt", "dimension")}  # the prompt's elements themselves
 
 
 def parse(text: str) -> Spec:
     """A space's spec with its defaults filled in.
 
     Raises:
-        UserError: unknown space or option, or an option that is not a positive whole number.
+        UserError: unknown space or option, or an option of another kind or out of its range.
     """
     spec = Spec.parse(text)
     if spec.backend not in OPTIONS or spec.name:
@@ -45,9 +48,12 @@ def parse(text: str) -> Spec:
 
 def _option(space: str, key: str, value: Any, wanted: type) -> int | float:
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value <= 0 or (wanted is int and value != int(value)):
-        kind = "whole number" if wanted is int else "number"
-        raise UserError(f"option '{key}' of space '{space}' takes a positive {kind}, not '{value}'")
+    zero = (space, key) in _MAY_BE_ZERO
+    if not number or value < 0 or (value == 0 and not zero) or (wanted is int and value != int(value)):
+        kind = "positive whole number" if wanted is int else "positive number"
+        raise UserError(
+            f"option '{key}' of space '{space}' takes a {kind}{' or 0' if zero else ''}, not '{value}'"
+        )
     return int(value) if wanted is int else float(value)
 
 
@@ -58,15 +64,34 @@ def build(spec: Spec, model: TaskModel, seed: int) -> Space:
         UserError: the model has no such parameters.
     """
     if spec.backend == "projection":
-        return Projection(_searched(model, "full", 1.0), spec.options["dimension"], seed)
+        return Projection("projection", _searched(model, "full", 1.0), spec.options["dimension"], seed)
+    if spec.backend == "prompt":
+        return _of_prompt(spec, model, seed)
     scale = spec.options.get("encoder_scale", 1.0)
     return Space(spec.backend, _searched(model, spec.backend, scale), seed)
 
 
 def prepare_model(spec: Spec, model: TaskModel, seed: int) -> None:
-    """Adds what a space needs to the model: the factors of ``lora``."""
+    """Adds what a space needs to the model: the factors of ``lora``, the vectors of ``prompt``.
+
+    Raises:
+        UserError: a model that cannot have a prompt.
+    """
     if spec.backend == "lora":
         model.add_lora(spec.options["rank"], seed)
+    if spec.backend == "prompt":
+        model.add_prompt(spec.options["tokens"], seed)
+
+
+def _of_prompt(spec: Spec, model: TaskModel, seed: int) -> Space:
+    """A unit of a coordinate moves its elements by as much as words differ, whatever the dimension."""
+    unit = spec.options["encoder_scale"] * embedding_scale(model.encoder)
+    [(name, vectors, unit)] = _searched(model, "prompt", unit)
+    dimension = min(spec.options["dimension"], vectors.numel())
+    if not dimension:
+        return Space("prompt", [(name, vectors, unit)], seed)
+    column = math.sqrt(vectors.numel() / dimension)  # a projection's own columns are of length one
+    return Projection("prompt", [(name, vectors, unit * column)], dimension, seed)
 
 
 def _searched(model: TaskModel, kind: str, encoder_scale: float) -> Iterator[tuple[str, nn.Parameter, float]]:
@@ -74,9 +99,10 @@ def _searched(model: TaskModel, kind: str, encoder_scale: float) -> Iterator[tup
     for name, parameter in model.named_parameters():
         wanted = (
             kind == "full"
-            or id(parameter) in head
+            or (kind != "prompt" and id(parameter) in head)
             or (kind == "biases" and name.endswith("bias"))
             or (kind == "lora" and ".lora_" in name)
+            or (kind == "prompt" and name.endswith(f"{NAME}.vectors"))
         )
         if wanted and parameter.is_floating_point():
             yield name, parameter, 1.0 if id(parameter) in head else encoder_scale

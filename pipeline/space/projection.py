@@ -1,4 +1,4 @@
-"""A random subspace of all parameters, for methods that cannot hold more."""
+"""A random subspace of some parameters, for methods that cannot hold more."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ class Projection(Space):
     """A random k-dimensional subspace: θ = start + S c, S sparse with one ±√(k/d) in each row.
 
     The columns of S are orthogonal, and of unit length on average: a step of length r in coordinates is a
-    step of about length r in the weights.
+    step of about length r in the weights, times a tensor's scale.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, nn.Parameter, float]], dimension: int, seed: int) -> None:
-        super().__init__("projection", tensors, seed)
+    def __init__(
+        self, kind: str, tensors: Iterable[tuple[str, nn.Parameter, float]], dimension: int, seed: int
+    ) -> None:
+        super().__init__(kind, tensors, seed)
         self.dimension = min(dimension, self.elements)
         self._point = torch.zeros(self.dimension, device=self.device)
 
@@ -38,7 +40,9 @@ class Projection(Space):
         return False
 
     def factors(self, seeds: Sequence[int], distribution: str, low_rank: LowRank) -> Factors:
-        raise UserError("the space 'projection' has no matrices for low-rank directions; choose full or lora")
+        raise UserError(
+            f"the space '{self.kind}' has no matrices for low-rank directions; choose full or lora"
+        )
 
     def stacked(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
         resolved = [self.resolved(each) for each in candidates]
@@ -74,6 +78,6 @@ class Projection(Space):
         counters = torch.arange(group.start, group.start + group.count, device=out.device)
         words = noise.words_at(noise.derive(self._seed, _PATH), counters).long() & 0xFFFFFFFF
         signs = 1.0 - 2.0 * (words & 1)
-        scale = (self.dimension / self.elements) ** 0.5
+        scale = (self.dimension / self.elements) ** 0.5 * group.segment.scale
         delta = coordinates[(words >> 1) % self.dimension] * (signs * scale)
         out.copy_(self._start_of(group) + delta)

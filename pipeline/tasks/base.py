@@ -78,6 +78,12 @@ class TaskModel(nn.Module):
 
         with_lora(self.encoder, rank, seed)
 
+    def add_prompt(self, tokens: int, seed: int) -> None:
+        """Has the encoder read a prompt before each text: words, drawn from ``seed``."""
+        from pipeline.prompt import with_prompt
+
+        with_prompt(self.encoder, tokens, seed)
+
 
 class BatchSource(Protocol):
     """Batches by number: the same number gives the same batch, whatever came before."""

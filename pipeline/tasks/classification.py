@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from pipeline.tasks.batching import pad
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_FILE, HEAD_CONFIG = "classifier.safetensors", "classifier.json"
 START_FILE = "start.safetensors"  # the head before training: a replay elsewhere must not compute it again
@@ -64,7 +64,9 @@ class TextClassifier(TaskModel):
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """The encoder as a ``save_pretrained`` directory, the head as safetensors beside it."""
-        self.encoder.save_pretrained(str(folder))  # type: ignore[operator]
+        from pipeline.models import save_model
+
+        save_model(cast("PreTrainedModel", self.encoder), folder)
         tokenizer.save_pretrained(str(folder))
         self.save_head(folder / HEAD_FILE)
         head = {"labels": self.labels, "pooled_layers": self.pooled_layers}

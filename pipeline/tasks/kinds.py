@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.config import Config, TrainConfig
 from pipeline.data.prepare import load_corpus, load_task
@@ -19,6 +19,8 @@ from pipeline.models import (
     locate,
 )
 from pipeline.noise import derive
+from pipeline.prompt import stored_tokens
+from pipeline.space import parse
 from pipeline.tasks.base import Batch, Start
 from pipeline.tasks.batching import shuffled
 from pipeline.tasks.classification import (
@@ -52,7 +54,7 @@ class Classification:
         options, location = config.finetune, str(layout.pretrained)
         rows, tokenizer = load_task(layout), load_tokenizer(location)
         encoder = load_encoder(location, config.dtype)
-        _check_length("finetune", options, tokenizer, encoder.config)
+        _check_length("finetune", options, tokenizer, location)
         if not 1 <= options.pooled_layers <= encoder.config.num_hidden_layers:
             raise UserError(
                 f"finetune.pooled_layers is {options.pooled_layers}; "
@@ -104,7 +106,7 @@ class _LanguageModelling:
         """
         options, location = config.pretrain, locate(config.model)
         tokenizer = load_tokenizer(location)
-        _check_length("pretrain", options, tokenizer, load_config(location))
+        _check_length("pretrain", options, tokenizer, location)
         if self.name == "mlm" and tokenizer.mask_token_id is None:
             raise UserError(f"{config.model} has no mask token; use pretrain.task=clm")
         corpus = load_corpus(layout)
@@ -150,10 +152,13 @@ class CausalLM(_LanguageModelling):
     name = "clm"
 
 
-def _check_length(section: str, options: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
-    positions = getattr(model, "max_position_embeddings", None) or tokenizer.model_max_length
+def _check_length(
+    section: str, options: TrainConfig, tokenizer: PreTrainedTokenizerBase, location: str
+) -> None:
+    """Raises UserError for texts that the model has no positions for, with the prompt before them."""
+    positions = getattr(load_config(location), "max_position_embeddings", None) or tokenizer.model_max_length
     longest = min(tokenizer.model_max_length, positions)
-    if options.max_length > longest:
-        raise UserError(
-            f"{section}.max_length is {options.max_length}; the model takes at most {longest:,} tokens"
-        )
+    prompt = parse(options.space).options.get("tokens", 0) or stored_tokens(Path(location))
+    if options.max_length + prompt > longest:
+        texts = f"{options.max_length}" + (f", after a prompt of {prompt:,}" if prompt else "")
+        raise UserError(f"{section}.max_length is {texts}; the model takes at most {longest:,} tokens")

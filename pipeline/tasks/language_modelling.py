@@ -54,7 +54,9 @@ class LanguageModel(TaskModel):
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A ``save_pretrained`` directory."""
-        self.model.save_pretrained(str(folder))
+        from pipeline.models import save_model
+
+        save_model(self.model, folder)
         tokenizer.save_pretrained(str(folder))
 
 

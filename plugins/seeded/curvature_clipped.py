@@ -24,6 +24,7 @@ class CurvatureClipped(SeededOptimizer):
         "lora": Settings(1e-2, 1e-3, 4),
         "full": Settings(1e-3, 1e-5, 4),
         "projection": Settings(1e-1, 1e-1, 4),
+        "prompt": Settings(3e-1, 3.0, 4),
     }
 
     @property

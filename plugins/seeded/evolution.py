@@ -49,6 +49,7 @@ class Evolution(SeededOptimizer):
         "lora": Settings(1e-2, 2e-3, 8),
         "full": Settings(1e-3, 1e-4, 8),
         "projection": Settings(1e-1, 2e-2, 8),
+        "prompt": Settings(3e-1, 1e-1, 8),
     }
 
     def __init__(

@@ -25,6 +25,7 @@ class OneSided(SeededOptimizer):
         "lora": Settings(1e-2, 1e-3, 8),
         "full": Settings(1e-3, 5e-5, 8),
         "projection": Settings(1e-1, 1e-2, 8),
+        "prompt": Settings(3e-1, 1e-1, 8),
     }
 
     @property

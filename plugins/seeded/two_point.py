@@ -18,6 +18,7 @@ class TwoPoint(SeededOptimizer):
         "lora": Settings(1e-2, 1e-3, 4),
         "full": Settings(1e-3, 1e-5, 1),
         "projection": Settings(1e-1, 1e-1, 4),
+        "prompt": Settings(3e-1, 3.0, 4),
     }
 
     @property
