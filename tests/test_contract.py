@@ -76,6 +76,30 @@ class TestSepCMA(OptimizerContract):
         return "cmaes:SepCMA,sigma=0.3"
 
 
+class TestVkD(OptimizerContract):
+    memory_dimension = 200_000
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return "cmaes:VkD,sigma=0.3"
+
+
+class TestLMMA(OptimizerContract):
+    memory_dimension = 4_000_000
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return "cmaes:LMMA,sigma=0.3"
+
+
+class TestRestarts(OptimizerContract):
+    memory_dimension = 1000
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return "cmaes:CMA,sigma=0.3,restarts=ipop"
+
+
 class TestOnePlusOne(OptimizerContract):
     evaluations = 1000
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.optimizer import (
     Move,
     Optimizer,
     Problem,
+    Stalled,
     StepReport,
 )
 from pipeline.registry import Spec, create
@@ -141,12 +143,12 @@ class Run:
             self.altered = self.altered or evaluator.altered
 
     def steps(self, count: int) -> list[StepReport]:
-        """So many steps, or fewer when the budget is spent."""
+        """So many steps, or fewer when the budget is spent or the method has nothing more to find."""
         reports = []
         for _ in range(count):
             try:
                 reports.append(self.step())
-            except BudgetSpent:
+            except (BudgetSpent, Stalled):
                 break
         return reports
 
@@ -163,19 +165,21 @@ class Run:
 def trained(
     spec: str, dimension: int, budget: int, trajectory: Path | None = None, *, resume: bool = False
 ) -> tuple[Run, Result]:
-    """A whole run by the trainer, with a trajectory if asked for."""
+    """A whole run by the trainer, with a trajectory if asked for; a method may end it before its budget."""
     run = Run(spec, dimension, budget)
     run.engine.close()  # the trainer makes its own
     training = Training(
         Spec.parse(spec), spaces.parse("full"), budget, max(1, budget // 4), 0, objective=quadratic
     )
-    result = train(
-        training,
-        run.model,
-        run.space,
-        lambda step: BATCH,
-        lambda: {"loss": run.loss},
-        trajectory=trajectory,
-        resume=resume,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "training ends after")
+        result = train(
+            training,
+            run.model,
+            run.space,
+            lambda step: BATCH,
+            lambda: {"loss": run.loss},
+            trajectory=trajectory,
+            resume=resume,
+        )
     return run, result
