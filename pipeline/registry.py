@@ -206,7 +206,8 @@ def _like_default(spec: Spec, key: str, value: Any, parameter: inspect.Parameter
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
             value = float(value)
-    if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
+    infinite = isinstance(value, float) and not math.isfinite(value) and value != parameter.default
+    if type(value) is not wanted or infinite:
         raise UserError(f"option '{key}' of '{spec.backend}' takes {wanted.__name__}, not '{value}'")
     return value
 
