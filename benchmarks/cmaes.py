@@ -3,12 +3,18 @@
 ``evals/<variant>/<function>/<d>``: x0 = 1 and σ = 0.5 (Rosenbrock: 0 and 0.1), the default population, five
 seeds, candidates of float64. The cap is five times the reference; a run that does not arrive counts as it
 and is named on stderr. ``restarts``: Rastrigin, IPOP, each start uniform in ±5, σ = 2.
+
+``memory_vectors/<variant>/<d>``: what steps take above the process before, in float32 vectors of that length,
+the pipeline's own (the start point, the point to move to) included, each candidate read once.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import torch
@@ -123,9 +129,23 @@ def cell(variant: str, function: Function, size: int, reference: int, device: to
     return Row.of(name, "evaluations", found)
 
 
+def memory_vectors(variant: str, size: int, device: torch.device) -> Row:
+    """Of three processes."""
+    command = [sys.executable, "-P", "-m", "pipeline.testing.memory", f"cmaes:{variant}", str(size)]
+    found = []
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout)[1] / (4 * size))
+    return Row.of(f"memory_vectors/{variant}/{size}", "vectors", found)
+
+
 if __name__ == "__main__":
     main(
         {
+            f"memory_vectors/{variant}/{size}": functools.partial(memory_vectors, variant, size)
+            for variant, size in (("LMMA", 10**6), ("LMMA", 10**7), ("SepCMA", 10**7))
+        }
+        | {
             f"evals/{each[0]}/{each[1].__name__}/{each[2]}": functools.partial(cell, *each)
             for each in [*CELLS, RESTARTS]
         }

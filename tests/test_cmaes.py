@@ -254,6 +254,7 @@ def test_alone_takes_the_richest_variant_that_budget_and_memory_allow() -> None:
     assert "CMA would take some" in why
     assert "and has 20,000" in why
     assert chosen(770, 5_000)[0] == "SepCMA"
+    assert chosen(770, 500)[0] == "SepCMA"  # nothing can be learnt: the simplest that few coordinates bear
     name, why = chosen(100_000, 10_000)
     assert name == "LMMA"
     assert "that are free" in why

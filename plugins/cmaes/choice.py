@@ -13,6 +13,7 @@ from plugins.cmaes.strategy import CMAES, population_size
 
 VARIANTS: dict[str, type[CMAES]] = {"CMA": CMA, "VkD": VkD, "SepCMA": SepCMA, "LMMA": LMMA}
 _SHARE = 0.5  # of free memory
+_LOW_MEMORY_FROM = 100_000  # coordinates; LMMA's steps are too bold for few
 
 
 def choose(problem: Problem, options: Options) -> tuple[str, str]:
@@ -24,7 +25,8 @@ def choose(problem: Problem, options: Options) -> tuple[str, str]:
         if not why:
             return name, "; ".join(turned_down) or "its covariance can be learnt within the budget"
         turned_down.append(f"{name} {why}")
-    return "LMMA", "; ".join(turned_down)
+    small = problem.size < _LOW_MEMORY_FROM
+    return "SepCMA" if small else "LMMA", "; ".join(turned_down)
 
 
 def _against(variant: type[CMAES], problem: Problem, options: Options, free: int) -> str:
