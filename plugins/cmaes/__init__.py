@@ -12,22 +12,26 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.errors import unknown
+from pipeline.errors import UserError, unknown
 from pipeline.optimizer import Problem
 from pipeline.registry import Variant, options_of
 from plugins.cmaes.choice import VARIANTS
 from plugins.cmaes.choice import choose as _choose
 from plugins.cmaes.options import Options
-from plugins.cmaes.restarts import SCHEMES, Restarts
+from plugins.cmaes.restarts import SCHEMES, Restarts, largest
 from plugins.cmaes.strategy import CMAES
 from plugins.cmaes.warm_start import warmed
+
+# head and prompt: found on the validation split, see docs/log.md; elsewhere a first guess
+SIGMAS = {"head": 0.01, "prompt": 1.0}
+SIGMA = 0.1
 
 
 def cmaes(
     problem: Problem,
     *,
     name: str | None = None,
-    sigma: float = 0.1,
+    sigma: float = 0.0,
     population_size: int = 0,
     mirrored: bool = False,
     orthogonal: bool = False,
@@ -44,7 +48,7 @@ def cmaes(
     Args:
         problem: the space; coordinates are displacements, so the search starts at zero.
         name: ``CMA``, ``VkD``, ``SepCMA`` or ``LMMA``; None takes what `choose` says.
-        sigma: the standard deviation at the start, in every coordinate.
+        sigma: the standard deviation at the start, in every coordinate; 0 takes the space's own.
         population_size: λ, candidates a generation; 0 takes 4 + ⌊3 ln d⌋.
         mirrored: candidates in pairs z, −z.
         orthogonal: candidates of a generation orthogonal to each other.
@@ -52,7 +56,7 @@ def cmaes(
         restarts: ``none``, where a stop criterion ends the run, ``ipop`` or ``bipop``.
         lower: the least value of a coordinate.
         upper: the largest.
-        rank: directions of ``VkD``; 0 takes 4.
+        rank: directions of ``VkD``, and of no other variant; 0 takes 4.
         dtype: of the state: ``float32``, ``float64``, or ``auto``, the variant's own.
         warm_start: the trajectory of an earlier run over the same space from the same start: where its better
             points lie is where the search begins.
@@ -60,6 +64,7 @@ def cmaes(
     Raises:
         UserError: another name, or an option out of its range.
     """
+    sigma = sigma or SIGMAS.get(problem.space, SIGMA)
     options = Options(sigma, population_size, mirrored, orthogonal, step_size, lower, upper, dtype, rank)
     variant = _variant(problem, name, options)
     if restarts not in SCHEMES:
@@ -82,12 +87,17 @@ def choose(problem: Problem, **options: Any) -> tuple[str, str]:
 def memory_bytes(problem: Problem, *, name: str | None = None, **options: Any) -> int:
     """Peak bytes of state, work space and candidates; allocates nothing. Raises UserError as `cmaes` does."""
     chosen = _options(options)
-    return _variant(problem, name, chosen).memory_bytes(problem, chosen)
+    variant = _variant(problem, name, chosen)
+    if options.get("restarts", "none") != "none":
+        chosen = largest(problem, chosen)
+    return variant.memory_bytes(problem, chosen)
 
 
 def variants() -> list[Variant]:
-    """Each variant; their options are the same."""
-    return [Variant(name, "evolution strategy", options_of(cmaes)) for name in VARIANTS]
+    """Each variant; ``rank`` is of `VkD` alone."""
+    every = options_of(cmaes)
+    own = {name: {key: every[key] for key in every if key != "rank" or name == "VkD"} for name in VARIANTS}
+    return [Variant(name, "evolution strategy", options) for name, options in own.items()]
 
 
 # where `pipeline.registry` looks for them
@@ -97,7 +107,7 @@ cmaes.choose = choose  # type: ignore[attr-defined]
 
 
 def _options(given: dict[str, Any]) -> Options:
-    apart = ("restarts", "warm_start")
+    apart = ("restarts", "warm_start", "sigma")  # nothing of a choice, or of memory, hangs on them
     return Options(**{key: value for key, value in given.items() if key not in apart})
 
 
@@ -106,4 +116,6 @@ def _variant(problem: Problem, name: str | None, options: Options) -> type[CMAES
         name, _ = _choose(problem, options)
     if name not in VARIANTS:
         raise unknown("variant of cmaes", name, VARIANTS)
+    if options.rank and name != "VkD":
+        raise UserError(f"'cmaes:{name}' has no option 'rank'; cmaes:VkD has")
     return VARIANTS[name]

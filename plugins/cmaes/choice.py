@@ -9,7 +9,7 @@ from plugins.cmaes.low_memory import LMMA
 from plugins.cmaes.low_rank import VkD
 from plugins.cmaes.options import Options
 from plugins.cmaes.separable import SepCMA
-from plugins.cmaes.strategy import CMAES, population_size
+from plugins.cmaes.strategy import CMAES
 
 VARIANTS: dict[str, type[CMAES]] = {"CMA": CMA, "VkD": VkD, "SepCMA": SepCMA, "LMMA": LMMA}
 _SHARE = 0.5  # of free memory
@@ -19,6 +19,8 @@ _LOW_MEMORY_FROM = 100_000  # coordinates; LMMA's steps are too bold for few
 def choose(problem: Problem, options: Options) -> tuple[str, str]:
     """The richest variant that the budget can teach and the memory hold, by name, and why it is that one."""
     free = free_bytes(problem.device)
+    if options.rank:
+        return "VkD", "rank is an option of VkD alone"
     turned_down: list[str] = []
     for name in ("CMA", "VkD", "SepCMA"):
         why = _against(VARIANTS[name], problem, options, free)
@@ -33,8 +35,8 @@ def _against(variant: type[CMAES], problem: Problem, options: Options, free: int
     needed = variant.memory_bytes(problem, options)
     if needed > _SHARE * free:
         return f"would take {readable_bytes(needed)} of {readable_bytes(free)} that are free"
-    count = population_size(problem.size, options)
-    evaluations = count / variant.learning_rate(problem.size, options)
+    p = variant.parameters_for(problem.size, options)
+    evaluations = p.population_size / (p.c_1 + p.c_mu)
     if evaluations > problem.forward_passes:
         return f"would take some {evaluations:,.0f} evaluations to learn and has {problem.forward_passes:,}"
     return ""

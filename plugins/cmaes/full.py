@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.optimizer import Problem
 from plugins.cmaes.options import Options
 from plugins.cmaes.parameters import Parameters
-from plugins.cmaes.sampling import Generation, Given
+from plugins.cmaes.sampling import Samples
 from plugins.cmaes.stopping import Scales
 from plugins.cmaes.strategy import CMAES, population_size
 
@@ -51,12 +51,8 @@ class CMA(CMAES):
         return number * (matrices * n * n + 5 * n * population_size(n, options))
 
     @classmethod
-    def learning_rate(cls, size: int, options: Options) -> float:
-        p = Parameters.of(size, population_size(size, options))
-        return p.c_1 + p.c_mu
-
-    def _parameters(self, size: int, population_size: int) -> Parameters:
-        return Parameters.of(size, population_size)
+    def parameters_for(cls, size: int, options: Options) -> Parameters:
+        return Parameters.of(size, population_size(size, options))
 
     def _spread(self, z: Tensor) -> Tensor:
         return z @ self._root.T
@@ -67,7 +63,7 @@ class CMA(CMAES):
             return solved.T
         return (y @ self._axes / self._roots) @ self._axes.T
 
-    def _learn(self, samples: Generation | Given, weights: Tensor) -> None:
+    def _learn(self, samples: Samples, weights: Tensor) -> None:
         p, z = self.parameters, samples.block(slice(None))
         y = self._spread(z)
         positive = weights.clamp(min=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.optimizer import Problem
 from plugins.cmaes.options import Options
 from plugins.cmaes.parameters import Parameters, default_population_size
-from plugins.cmaes.sampling import HELD, Generation, Given
+from plugins.cmaes.sampling import HELD, Samples
 from plugins.cmaes.step_size import PathLength
 from plugins.cmaes.stopping import Scales
 from plugins.cmaes.strategy import CMAES, population_size
@@ -57,14 +57,11 @@ class LMMA(CMAES):
         return number * (n * (_paths(problem, count) + 7) + 4 * min(HELD, n * count))
 
     @classmethod
-    def learning_rate(cls, size: int, options: Options) -> float:
-        return min(0.5, population_size(size, options) / size)
-
-    def _parameters(self, size: int, population_size: int) -> Parameters:
-        p = Parameters.of(size, population_size)
+    def parameters_for(cls, size: int, options: Options) -> Parameters:
+        p = Parameters.of(size, population_size(size, options))
         weights = tuple(max(weight, 0.0) for weight in p.weights)
         # the paper's 2 λ/n is no rate where n is small
-        return replace(p, weights=weights, c_sigma=min(0.3, 2 * population_size / size))
+        return replace(p, weights=weights, c_sigma=min(0.3, 2 * p.population_size / size))
 
     def _path_length_rule(self) -> PathLength:
         return PathLength(self.parameters, squared=True)
@@ -73,7 +70,7 @@ class LMMA(CMAES):
         rows = min(self._updates, len(self._paths))
         if not rows:
             return z.clone()
-        along = (z @ self._paths[:rows].T).double().cpu()
+        along = (z @ self._paths[:rows].T).cpu().double()
         by = self._coefficients(along.T, rows).T.to(self._mean)
         return torch.addmm(z, by, self._paths[:rows], beta=float(self._left[rows - 1]))
 
@@ -100,11 +97,11 @@ class LMMA(CMAES):
             z = (z - share * torch.outer(z @ path, path)) / (1 - c)
         return z
 
-    def _learn(self, samples: Generation | Given, weights: Tensor) -> None:
+    def _learn(self, samples: Samples, weights: Tensor) -> None:
         z = samples.weighted(weights, torch.empty_like(self._mean))
         self._move(z, self._spread(z[None])[0])
         kept, gain = 1 - self._c_c, (self.parameters.mu_eff * self._c_c * (2 - self._c_c)).sqrt()
-        along, length = (self._paths @ z).double().cpu(), float(z.double().square().sum())
+        along, length = (self._paths @ z).cpu().double(), float(z.square().sum())
         crossed = torch.outer(kept * along, gain)
         self._products.mul_(torch.outer(kept, kept)).add_(crossed).add_(crossed.T)
         self._products.add_(torch.outer(gain, gain), alpha=length)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.optimizer import Problem
 from plugins.cmaes.options import Options
 from plugins.cmaes.parameters import Parameters
-from plugins.cmaes.sampling import Generation, Given
+from plugins.cmaes.sampling import Samples
 from plugins.cmaes.stopping import Scales
 from plugins.cmaes.strategy import CMAES, population_size
 
@@ -47,12 +47,14 @@ class VkD(CMAES):
         return options.float_type(cls.dtype).itemsize * (vectors * problem.size + 4 * (count + rank) ** 2)
 
     @classmethod
-    def learning_rate(cls, size: int, options: Options) -> float:
-        p = _parameters(size, population_size(size, options), _rank(size, options))
-        return p.c_1 + p.c_mu
-
-    def _parameters(self, size: int, population_size: int) -> Parameters:
-        return _parameters(size, population_size, _rank(size, self.options))
+    def parameters_for(cls, size: int, options: Options) -> Parameters:
+        """Rates for its degrees of freedom (Akimoto & Hansen 2016, doi 10.1007/978-3-319-45823-6_1)."""
+        p, rank = Parameters.of(size, population_size(size, options)), _rank(size, options)
+        free = size * (rank + 1)
+        c_1 = 2 / (free + size + 2 * (rank + 2) + p.mu_eff)
+        c_mu = min(1 - c_1, 2 * (p.mu_eff - 2 + 1 / p.mu_eff) / (free + 4 * (rank + 2) + p.mu_eff))
+        weights = tuple(max(weight, 0.0) for weight in p.weights)
+        return replace(p, weights=weights, c_1=c_1, c_mu=c_mu, c_c=math.sqrt(c_1))
 
     def _spread(self, z: Tensor) -> Tensor:
         return self._diagonal * self._stretched(z, (1 + self._stretch).sqrt() - 1)
@@ -64,7 +66,7 @@ class VkD(CMAES):
         """Each row with its part along direction i stretched by 1 + ``by[i]``."""
         return torch.addmm(rows, (rows @ self._directions.T) * by, self._directions)
 
-    def _learn(self, samples: Generation | Given, weights: Tensor) -> None:
+    def _learn(self, samples: Samples, weights: Tensor) -> None:
         p, z = self.parameters, samples.block(slice(None))
         chosen = weights.nonzero().squeeze(1)
         weights, z = weights[chosen], z[chosen]
@@ -81,12 +83,12 @@ class VkD(CMAES):
     def _project(self, rows: Tensor, kept: float) -> None:
         """The nearest C of the form to D (kept · I + rowsᵀ rows) D, by its leading axes and its diagonal."""
         rank, n = self._directions.shape
-        values, turns = torch.linalg.eigh((rows @ rows.T).double())  # ascending
-        values = values.clamp(min=0.0).to(rows.dtype)
+        values, turns = torch.linalg.eigh((rows @ rows.T).cpu().double())  # ascending
+        values = values.clamp(min=0.0).to(rows)
         rest = values[:-rank].sum() / (n - rank)  # what the dropped axes held, spread over all that is left
         leading = values[-rank:]
         self._stretch = ((leading - rest) / (kept + rest)).clamp(min=0.0)
-        scaled = turns[:, -rank:].T.to(rows.dtype) / leading.clamp(min=1e-300).sqrt()[:, None]
+        scaled = turns[:, -rank:].T.to(rows) / leading.clamp(min=1e-300).sqrt()[:, None]
         self._directions = torch.where(self._stretch[:, None] > 0, scaled @ rows, 0.0)
         wanted = kept + rows.square().sum(0)
         self._diagonal.mul_((wanted / (1 + self._stretch @ self._directions.square())).sqrt())
@@ -119,13 +121,3 @@ class VkD(CMAES):
 
 def _rank(size: int, options: Options) -> int:
     return max(1, min(options.rank or RANK, size - 1))
-
-
-def _parameters(size: int, population_size: int, rank: int) -> Parameters:
-    """Rates for the degrees of freedom of the form (Akimoto & Hansen, doi 10.1007/978-3-319-45823-6_1)."""
-    p = Parameters.of(size, population_size)
-    free = size * (rank + 1)
-    c_1 = 2 / (free + size + 2 * (rank + 2) + p.mu_eff)
-    c_mu = min(1 - c_1, 2 * (p.mu_eff - 2 + 1 / p.mu_eff) / (free + 4 * (rank + 2) + p.mu_eff))
-    weights = tuple(max(weight, 0.0) for weight in p.weights)
-    return replace(p, weights=weights, c_1=c_1, c_mu=c_mu, c_c=math.sqrt(c_1))

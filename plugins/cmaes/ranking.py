@@ -15,20 +15,18 @@ def by_rank(losses: Sequence[float], weights: Sequence[float], *, mirrored: bool
     Equal losses share what their ranks would get: which of them came first says nothing. A loss that is not
     finite ranks last, and never has a positive weight: the mean is not drawn to a failure.
 
-    Of mirrored pairs, the better ones rank before all worse ones, so that a pair never draws the mean to both
+    Of mirrored pairs, the worse ones rank behind all others, so that a pair does not draw the mean to both
     sides (pairwise selection, Auger, Brockhoff and Hansen 2011, doi 10.1145/2001576.2001694).
     """
     told = torch.tensor([loss if math.isfinite(loss) else math.inf for loss in losses], dtype=torch.float64)
-    given = torch.tensor(weights, dtype=torch.float64)
+    worse = torch.zeros_like(told)
     if mirrored:
-        pairs = told.view(-1, 2)
-        worse = torch.stack((pairs[:, 0] > pairs[:, 1], pairs[:, 1] >= pairs[:, 0]), 1).flatten()
-        order = torch.tensor(sorted(range(len(told)), key=lambda i: (bool(worse[i]), float(told[i]))))
-        shared = torch.empty_like(told)
-        shared[order] = given
-    else:
-        _, group, sizes = torch.unique(told, return_inverse=True, return_counts=True)
-        order = torch.argsort(told, stable=True)
-        sums = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, group[order], given)
-        shared = (sums / sizes)[group]
+        worse = (told.view(-1, 2) > told.view(-1, 2).flip(1)).flatten().double()
+    # groups of equal rank, in order, and whose ranks are theirs
+    _, group, sizes = torch.unique(
+        torch.stack((worse, told), 1), dim=0, return_inverse=True, return_counts=True
+    )
+    ranks = torch.arange(len(sizes)).repeat_interleave(sizes)
+    given = torch.tensor(weights, dtype=torch.float64)
+    shared = (torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, ranks, given) / sizes)[group]
     return torch.where(told.isinf(), shared.clamp(max=0.0), shared)

@@ -149,5 +149,14 @@ class Restarts:
         return torch.Generator().manual_seed(noise.derive(self._problem.run_seed, _PATH, purpose, number))
 
 
+def largest(problem: Problem, options: Options) -> Options:
+    """The options of the largest population that the budget lets a restart begin."""
+    first = population_size(problem.size, options)
+    doubled = min(
+        first * _LARGEST, problem.forward_passes // 5
+    )  # it followed some ten generations of half as many
+    return replace(options, population_size=max(first, doubled - doubled % 2))
+
+
 def _value(losses: Sequence[float]) -> float:
     return statistics.median(loss if math.isfinite(loss) else math.inf for loss in losses)

@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.optimizer import Problem
 from plugins.cmaes.options import Options
 from plugins.cmaes.parameters import Parameters
-from plugins.cmaes.sampling import HELD, Generation, Given
+from plugins.cmaes.sampling import HELD, Samples
 from plugins.cmaes.stopping import Scales
 from plugins.cmaes.strategy import CMAES, population_size
 
@@ -37,12 +37,8 @@ class SepCMA(CMAES):
         return 10 * n * number + 4 * held * number
 
     @classmethod
-    def learning_rate(cls, size: int, options: Options) -> float:
-        p = Parameters.of(size, population_size(size, options), (size + 2) / 3)
-        return p.c_1 + p.c_mu
-
-    def _parameters(self, size: int, population_size: int) -> Parameters:
-        return Parameters.of(size, population_size, rate_factor=(size + 2) / 3)
+    def parameters_for(cls, size: int, options: Options) -> Parameters:
+        return Parameters.of(size, population_size(size, options), rate_factor=(size + 2) / 3)
 
     def _spread(self, z: Tensor) -> Tensor:
         return z * self._variances.sqrt()
@@ -50,7 +46,7 @@ class SepCMA(CMAES):
     def _whitened(self, y: Tensor) -> Tensor:
         return y / self._variances.sqrt()
 
-    def _learn(self, samples: Generation | Given, weights: Tensor) -> None:
+    def _learn(self, samples: Samples, weights: Tensor) -> None:
         p = self.parameters
         mean, squares = torch.empty_like(self._mean), torch.empty_like(self._mean)
         positive, scaled = weights.clamp(min=0), self._scaled(samples, weights)
@@ -64,7 +60,7 @@ class SepCMA(CMAES):
         self._variances.mul_(squares).addcmul_(self._path_c, self._path_c, value=p.c_1)
         self._variances.clamp_(min=_LEAST * float(self._variances.max()))
 
-    def _scaled(self, samples: Generation | Given, weights: Tensor) -> Tensor:
+    def _scaled(self, samples: Samples, weights: Tensor) -> Tensor:
         """Negative weights by n/‖z‖² (46): 1, within a hundredth, where a generation is too large to hold."""
         if not samples.held:
             return weights

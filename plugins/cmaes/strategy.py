@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.optimizer import Drawn, Explicit, Problem, Stalled
 from plugins.cmaes.box import Box
 from plugins.cmaes.options import Options
 from plugins.cmaes.parameters import Parameters, default_population_size
 from plugins.cmaes.ranking import by_rank
-from plugins.cmaes.sampling import Generation, Given, generation_seed
+from plugins.cmaes.sampling import HELD, Generation, Samples, generation_seed
 from plugins.cmaes.step_size import PathLength, PopulationSuccess, StepSize
 from plugins.cmaes.stopping import Scales, Stopping
 
@@ -38,6 +39,9 @@ class CMAES(ABC):
         options: see `Options`.
         start: the first mean, ``[size]``; None is the zero vector.
         restart: the number of this run among restarts: each has noise of its own.
+
+    Raises:
+        UserError: orthogonal samples of a space too large to hold all of a generation.
     """
 
     name: ClassVar[str]
@@ -50,7 +54,13 @@ class CMAES(ABC):
         self, problem: Problem, options: Options | None = None, start: Tensor | None = None, restart: int = 0
     ) -> None:
         self.options = options = options or Options()
-        self.parameters = self._parameters(problem.size, population_size(problem.size, options))
+        self.parameters = self.parameters_for(problem.size, options)
+        large = self.parameters.population_size * problem.size > HELD
+        if options.orthogonal and large and not (self.holds_samples or restart):
+            raise UserError(
+                f"cmaes: orthogonal=true needs all samples of {problem.size:,} coordinates at once; leave it "
+                "out: in so many dimensions samples are orthogonal as they come"
+            )
         self.sigma = options.sigma
         self._seed, self._restart = problem.run_seed, restart
         self._device = problem.device
@@ -122,7 +132,7 @@ class CMAES(ABC):
         n = self.parameters.size
         longest = math.sqrt(n) + 2 * n / (n + 2)
         z = z * (longest / z.norm(dim=1, keepdim=True)).clamp(max=1.0)
-        self._learn_from(Given(z), losses, mirrored=False)
+        self._learn_from(Samples(z), losses, mirrored=False)
 
     def recommend(self) -> Tensor:
         """The mean, as candidates are."""
@@ -158,11 +168,8 @@ class CMAES(ABC):
 
     @classmethod
     @abstractmethod
-    def learning_rate(cls, size: int, options: Options) -> float:
-        """The share of C that a generation replaces: its inverse is how many it takes to learn C."""
-
-    @abstractmethod
-    def _parameters(self, size: int, population_size: int) -> Parameters: ...
+    def parameters_for(cls, size: int, options: Options) -> Parameters:
+        """The strategy parameters for so many coordinates."""
 
     @abstractmethod
     def _spread(self, z: Tensor) -> Tensor:
@@ -173,7 +180,7 @@ class CMAES(ABC):
         """A⁻¹ y of each row, ``[k, n]``."""
 
     @abstractmethod
-    def _learn(self, samples: Generation | Given, weights: Tensor) -> None:
+    def _learn(self, samples: Samples, weights: Tensor) -> None:
         """Moves the mean, the paths and C; ``weights`` are of the candidates, ``[λ]``, like the mean."""
 
     @abstractmethod
@@ -211,7 +218,7 @@ class CMAES(ABC):
         """Points as the engine gets them."""
         return self._box(points).to(self._device, self.options.point_type)
 
-    def _learn_from(self, samples: Generation | Given, losses: Sequence[float], *, mirrored: bool) -> None:
+    def _learn_from(self, samples: Samples, losses: Sequence[float], *, mirrored: bool) -> None:
         finite = [loss for loss in losses if math.isfinite(loss)]
         self._stopping.note(losses)
         flat = len(finite) == len(losses) and min(finite) == max(finite)
