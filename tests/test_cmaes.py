@@ -312,6 +312,17 @@ def test_samples_the_same_on_every_device(name: str) -> None:
     assert all(torch.allclose(a.cpu(), e, atol=1e-4) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", ["CMA", "VkD", "SepCMA"])
+def test_the_path_of_c_waits_while_sigma_is_far_too_small(name: str) -> None:
+    """h_σ: else C would grow along a way that σ has yet to grow for."""
+    method = cmaes(problem(8), name=name)
+    generations(method, rosenbrock, 3)
+    method._path_sigma.fill_(10.0)
+    before = method._path_c.clone()
+    generations(method, rosenbrock, 1)
+    assert torch.allclose(method._path_c, (1 - method.parameters.c_c) * before)
+
+
 @every_variant
 def test_half_the_evaluations_may_fail_and_the_mean_is_not_drawn_to_them(name: str) -> None:
     method = cmaes(problem(4), name=name, sigma=0.5)

@@ -63,7 +63,7 @@ def test_orthogonal_samples_are_so_in_blocks_and_keep_their_lengths(count: int) 
         block = z[low : low + 5]
         assert torch.allclose(block @ block.T, torch.diag(block.square().sum(1)), atol=1e-9)
     assert torch.allclose(z.norm(dim=1), drawn(count, 5).norm(dim=1))
-    assert torch.allclose(z[0], drawn(count, 5)[0])
+    assert ((z * drawn(count, 5)).sum(1) > 0).all()  # none is turned around
 
 
 def test_orthogonal_samples_of_a_large_space_are_refused() -> None:
@@ -160,9 +160,10 @@ def test_a_distribution_that_collapsed_or_ran_away_ends_a_run(changed: dict[str,
     assert watch.reason.split(":")[0] == why
 
 
-@pytest.mark.parametrize(("lower", "upper"), [(-1.0, 2.0), (-1.0, math.inf), (-math.inf, 2.0)])
+@pytest.mark.parametrize(("lower", "upper"), [(-0.84, 0.76), (-1.0, math.inf), (-math.inf, 2.0)])
 def test_a_box_folds_points_inside_and_leaves_those_that_are(lower: float, upper: float) -> None:
     box, x = Box(lower, upper), torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    x = torch.cat((x[x < 0.76], torch.tensor([0.76], dtype=torch.float64), x[x > 0.76]))
     folded = box(x)
     assert folded.min() >= lower
     assert folded.max() <= upper

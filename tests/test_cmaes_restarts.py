@@ -53,6 +53,20 @@ def test_restarts_double_the_population() -> None:
     assert sizes == [7, 14, 28]
 
 
+def test_bipop_spends_on_small_populations_as_much_as_on_doubled_ones() -> None:
+    method = cmaes(problem(3), sigma=0.5, restarts="bipop")
+    runs: dict[int, tuple[int, float]] = {}
+    while method.restarts < 12:
+        runs[method.restarts] = len(method.ask()), method._run.options.sigma
+        generations(method, sphere, 1)
+    large = [size for size, sigma in runs.values() if sigma == 0.5]
+    small = [size for size, sigma in runs.values() if sigma < 0.5]
+    assert large == [7 * 2**i for i in range(len(large))]
+    assert len(small) > len(large)
+    assert max(small) <= max(large) / 2
+    assert min(small) >= 7
+
+
 def test_restarts_declare_the_populations_they_may_grow_to() -> None:
     memory_bytes = cmaes.memory_bytes  # type: ignore[attr-defined]
     space = Problem(1000, "head", 100_000, 0)

@@ -50,7 +50,7 @@ def test_fits_the_best_points_as_published() -> None:
     losses = points[:, 0].tolist()
     method = CMA(over_the_quadratic(3), Options(sigma=0.5, dtype="float64"))
     fitted(
-        method, [(loss, point) for loss, point in zip(losses, points, strict=True)] + [(math.nan, points[0])]
+        method, [(loss, point) for loss, point in zip(losses, points, strict=True)] + [(-math.inf, points[0])]
     )
     best = points[points[:, 0].argsort()[:21]]  # of 201
     wanted = torch.cov(best.T, correction=0) + 0.05**2 * torch.eye(3)
