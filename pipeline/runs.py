@@ -164,6 +164,23 @@ def _same_before(layout: Layout, config: Config, first: str) -> None:
             )
 
 
+def branch(base: Layout, root: Path) -> Layout:
+    """A run's folder at ``root`` that goes on from ``base``'s prepared data and pretrained model.
+
+    They are links, not copies: many runs share one start. What is there already stays.
+    """
+    layout = Layout(root)
+    for here, there in ((layout.prepared, base.prepared), (layout.pretrained, base.pretrained)):
+        here.parent.mkdir(parents=True, exist_ok=True)
+        if not here.exists():
+            here.symlink_to(there.resolve(), target_is_directory=True)
+    curve = "pretrain.csv"
+    if (base.plots / curve).is_file():
+        layout.plots.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.plots / curve, layout.plots / curve)
+    return layout
+
+
 def find(name: str) -> Layout:
     """The run a person means: a folder, a name under ``runs/``, or ``.`` for the project's own ``dvc repro``.
 
