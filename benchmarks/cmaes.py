@@ -1,8 +1,11 @@
-"""Evaluations of our CMA-ES to f < 1e-8: ``python -m benchmarks.cmaes [--only NAME] [--json]``.
+"""Our CMA-ES beside others: ``python -m benchmarks.cmaes [--only NAME] [--json]``.
 
-``evals/<variant>/<function>/<d>``: x0 = 1 and σ = 0.5 (Rosenbrock: 0 and 0.1), the default population, five
-seeds, candidates of float64. The cap is five times the reference; a run that does not arrive counts as it
-and is named on stderr. ``restarts``: Rastrigin, IPOP, each start uniform in ±5, σ = 2.
+``time/…`` is in `generation_time`, ``bbob/…`` in `bbob`: both are beside libraries run here and now.
+
+``evals/<variant>/<function>/<d>``, evaluations to f < 1e-8: x0 = 1 and σ = 0.5 (Rosenbrock: 0 and 0.1), the
+default population, five seeds, candidates of float64. The cap is five times the reference; a run that does
+not arrive counts as it and is named on stderr. ``restarts``: Rastrigin, IPOP,
+each start uniform in ±5, σ = 2.
 
 ``memory_vectors/<variant>/<d>``: what steps take above the process before, in float32 vectors of that length,
 the pipeline's own (the start point, the point to move to) included, each candidate read once.
@@ -20,6 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks import bbob, generation_time
 from benchmarks.harness import Row, main, note
 from pipeline.optimizer import AskTell, Problem, Stalled
 from plugins.cmaes import cmaes
@@ -141,7 +145,8 @@ def memory_vectors(variant: str, size: int, device: torch.device) -> Row:
 
 if __name__ == "__main__":
     main(
-        {
+        generation_time.rows()
+        | {
             f"memory_vectors/{variant}/{size}": functools.partial(memory_vectors, variant, size)
             for variant, size in (("LMMA", 10**6), ("LMMA", 10**7), ("SepCMA", 10**7))
         }
@@ -149,4 +154,5 @@ if __name__ == "__main__":
             f"evals/{each[0]}/{each[1].__name__}/{each[2]}": functools.partial(cell, *each)
             for each in [*CELLS, RESTARTS]
         }
+        | bbob.rows()
     )

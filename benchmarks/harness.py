@@ -35,10 +35,10 @@ class Row:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], rounds: int, device: torch.device
+    functions: dict[str, Callable[[], object]], rounds: int, device: torch.device, *, warm: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each function, ``rounds`` times in turn, after one call of each that is not counted."""
-    for function in functions.values():
+    """Seconds of each function, ``rounds`` times in turn, if ``warm`` after one call of each, not counted."""
+    for function in functions.values() if warm else ():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):

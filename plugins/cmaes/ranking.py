@@ -19,14 +19,16 @@ def by_rank(losses: Sequence[float], weights: Sequence[float], *, mirrored: bool
     sides (pairwise selection, Auger, Brockhoff and Hansen 2011, doi 10.1145/2001576.2001694).
     """
     told = torch.tensor([loss if math.isfinite(loss) else math.inf for loss in losses], dtype=torch.float64)
-    worse = torch.zeros_like(told)
+    order = told.argsort(stable=True)
+    worse = torch.zeros_like(told, dtype=torch.bool)
     if mirrored:
-        worse = (told.view(-1, 2) > told.view(-1, 2).flip(1)).flatten().double()
-    # groups of equal rank, in order, and whose ranks are theirs
-    _, group, sizes = torch.unique(
-        torch.stack((worse, told), 1), dim=0, return_inverse=True, return_counts=True
-    )
-    ranks = torch.arange(len(sizes)).repeat_interleave(sizes)
+        worse = (told.view(-1, 2) > told.view(-1, 2).flip(1)).flatten()
+        order = order[worse[order].argsort(stable=True)]
+    keys, behind = told[order], worse[order]
+    differs = (keys[1:] != keys[:-1]) | (behind[1:] != behind[:-1])
     given = torch.tensor(weights, dtype=torch.float64)
-    shared = (torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, ranks, given) / sizes)[group]
+    group = torch.nn.functional.pad(differs.long().cumsum(0), (1, 0))  # of equal ranks, in order
+    sums = torch.zeros_like(given).index_add_(0, group, given)
+    shared = torch.empty_like(given)
+    shared[order] = (sums / group.bincount(minlength=len(group)))[group]
     return torch.where(told.isinf(), shared.clamp(max=0.0), shared)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline import noise
 
-HELD = 2**21  # numbers of a generation that are drawn at once and kept
+HELD = 2**23  # numbers of a generation that are drawn at once and kept
 _DRAWN = 2**18  # numbers drawn at once of one that is not: what a cache holds
 _PATH = 11  # to the seeds of this module
 
