@@ -1,8 +1,9 @@
 """COCO's `bbob` functions, ours beside pycma: ``bbob/<restarts>/<d>/<library>``.
 
 The share of targets reached by 1000 d evaluations: 51 targets from 10² to 10⁻⁸ above the optimum, 24
-functions, instances 1 to 5. Both restart in the same way, from the same points,
-uniform in ±4, with σ = 2 and the defaults of either. A row's spread is over the instances.
+functions, instances 1 to 5, three times. Both restart in the same way, from the same points,
+uniform in ±4, with σ = 2 and the defaults of either. A row's spread is over the
+instances' three times.
 
 Without the package ``coco-experiment`` there are no rows: ``pip install -e '.[bench]'``.
 """
@@ -26,25 +27,27 @@ from plugins.cmaes.options import Options
 from plugins.cmaes.restarts import Restarts
 
 FUNCTIONS, INSTANCES, SIZES = range(1, 25), range(1, 6), (5, 20)
+SEEDS = range(3)
 TARGETS = [10 ** (2 - exponent / 5) for exponent in range(51)]
 EVALUATIONS, SIGMA, REACH = 1000, 2.0, 4.0
 
 
-class Problems:
+class Function:
     """One function: how far above its optimum the best point was, of at most ``budget``."""
 
-    def __init__(self, function: int, size: int, instance: int) -> None:
+    def __init__(self, function: int, size: int, instance: int, seed: int) -> None:
         from cocoex.bare_problem import BareProblem
 
         self._problem = BareProblem("bbob", function, size, instance)
         self._optimum = self._problem.best_value()
-        self.size, self.instance, self.function = size, instance, function
+        self.size = size
+        self.seed = 1 + 1000 * seed + 100 * instance + function  # pycma takes 0 for the time of day
         self.left = EVALUATIONS * size
         self.best = math.inf
 
     def __call__(self, points: Any) -> list[float]:
-        """The losses of points ``[k, n]``; those after the budget do not count."""
-        losses = [float(loss) - self._optimum for loss in self._problem(points)]
+        """The losses of points ``[n]``; those after the budget do not count."""
+        losses = [float(self._problem(point)) - self._optimum for point in points]
         self.best = min([self.best, *losses[: self.left]])
         self.left = max(0, self.left - len(losses))
         return losses
@@ -60,27 +63,25 @@ class Problems:
 
     def start(self, number: int) -> Tensor:
         """Where the run of this number among restarts begins: ``[n]``."""
-        seed = 10_000 * self.function + 100 * self.instance + number
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(10_000 * self.seed + number)
         return REACH * (2 * torch.rand(self.size, generator=generator, dtype=torch.float64) - 1)
 
 
-def ours(problem: Problems, scheme: str) -> None:
-    space = Problem(problem.size, "benchmark", problem.left, problem.instance)
+def ours(problem: Function, scheme: str) -> None:
+    space = Problem(problem.size, "benchmark", problem.left, problem.seed)
     method = Restarts(scheme, CMA, space, Options(sigma=SIGMA, dtype="float64"), problem.start)
     while problem.going:
         candidates = method.ask()
-        method.tell(candidates, problem(torch.stack([each.coordinates for each in candidates]).numpy()))
+        method.tell(candidates, problem([each.coordinates.numpy() for each in candidates]))
 
 
-def pycma(problem: Problems, scheme: str) -> None:
+def pycma(problem: Function, scheme: str) -> None:
     import cma
-    import numpy
 
     starts = iter(range(1000))
-    options = {"verbose": -9, "maxfevals": problem.left, "ftarget": TARGETS[-1], "seed": problem.instance}
+    options = {"verbose": -9, "maxfevals": problem.left, "ftarget": TARGETS[-1], "seed": problem.seed}
     cma.fmin2(
-        lambda point: problem(numpy.atleast_2d(point))[0],
+        lambda point: problem([point])[0],
         lambda: problem.start(next(starts)).numpy(),
         SIGMA,
         options,
@@ -89,7 +90,7 @@ def pycma(problem: Problems, scheme: str) -> None:
     )
 
 
-LIBRARIES: dict[str, Callable[[Problems, str], None]] = {"ours": ours, "pycma": pycma}
+LIBRARIES: dict[str, Callable[[Function, str], None]] = {"ours": ours, "pycma": pycma}
 
 
 def share(scheme: str, size: int, library: str, device: torch.device) -> Row | None:
@@ -99,15 +100,17 @@ def share(scheme: str, size: int, library: str, device: torch.device) -> Row | N
         note(f"{name}: coco-experiment is not installed")
         return None
     torch.set_num_threads(1)
-    shares: dict[int, list[float]] = {instance: [] for instance in INSTANCES}
+    shares: dict[tuple[int, int], list[float]] = {
+        (instance, seed): [] for instance in INSTANCES for seed in SEEDS
+    }
     for function in FUNCTIONS:
-        for instance in INSTANCES:
-            problem = Problems(function, size, instance)
+        for (instance, seed), found in shares.items():
+            problem = Function(function, size, instance, seed)
             LIBRARIES[library](problem, scheme)
-            shares[instance].append(problem.share)
-        found = [shares[instance][-1] for instance in INSTANCES]
-        note(f"{name} f{function}: {statistics.mean(found):.3f}")
-    return Row.of(name, "share", [statistics.mean(each) for each in shares.values()])
+            found.append(problem.share)
+        note(f"{name} f{function}: {statistics.mean(found[-1] for found in shares.values()):.3f}")
+    each = [statistics.mean(found) for found in shares.values()]
+    return Row(name, statistics.mean(each), "share", min(each), max(each), len(each))
 
 
 def rows() -> dict[str, Callable[[torch.device], Row | None]]:

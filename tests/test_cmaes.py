@@ -132,17 +132,30 @@ def test_converges_though_three_in_ten_evaluations_fail(name: str) -> None:
 
 @every_variant
 @pytest.mark.parametrize("loss", [math.nan, 0.7])
-def test_a_generation_of_equal_losses_changes_only_the_noise(name: str, loss: float) -> None:
+def test_a_generation_of_equal_losses_changes_the_noise_and_on_a_plateau_sigma(
+    name: str, loss: float
+) -> None:
     method = cmaes(problem(5), name=name)
     generations(method, sphere, 3)
     before, first = method.state_dict(), method.ask()
     method.tell(first, [loss] * len(first))
     after, second = method.state_dict(), method.ask()
     assert not torch.equal(first[0].coordinates, second[0].coordinates)
-    assert before["sigma"] == after["sigma"]
+    p = method.parameters
+    growth = 1.0 if math.isnan(loss) else math.exp(0.2 + p.c_sigma / p.d_sigma)
+    assert after["sigma"] == pytest.approx(growth * before["sigma"], rel=1e-15)
     tensors = [key for key, value in before.items() if isinstance(value, Tensor)]
     assert len(tensors) >= 4
     assert all(torch.equal(before[key], after[key]) for key in tensors)
+
+
+def test_sigma_grows_where_seven_tenths_are_as_good_as_the_best() -> None:
+    sigmas = []
+    for equal in (6, 7):
+        method = cmaes(problem(5), name="CMA", population_size=10)
+        method.tell(method.ask(), [1.0] * equal + [2.0] * (10 - equal))
+        sigmas.append(method.sigma)
+    assert sigmas[1] > 1.2 * sigmas[0]
 
 
 @every_variant

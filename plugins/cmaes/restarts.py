@@ -51,7 +51,7 @@ class Restarts:
         self._first = population_size(problem.size, options)
         self._doubled = 0
         self._spent = {"large": 0, "small": 0}
-        self._regime = "large"
+        self._regime = "small"  # whose budget the first run counts to, as in pycma
         self._best: tuple[float, Tensor] | None = None
         self._run = self._begun(0, options)
 
@@ -72,8 +72,7 @@ class Restarts:
         """As of the run that is on; when it has nothing more to find, the next begins."""
         run = self._run
         run.tell(candidates, losses)
-        if self.restarts:
-            self._spent[self._regime] += len(losses)
+        self._spent[self._regime] += len(losses)
         if run.stopped:
             self._keep(losses)
             self._run = self._begun(self.restarts + 1, self._next())
@@ -121,7 +120,7 @@ class Restarts:
     def _next(self) -> Options:
         """λ and σ of the next run."""
         spent = self._spent
-        if self._scheme == "bipop" and self._doubled and spent["small"] < spent["large"]:
+        if self._scheme == "bipop" and spent["small"] < spent["large"]:
             self._regime = "small"
             one, two = torch.rand(
                 2, generator=self._generator(_SIZES, self.restarts), dtype=torch.float64

@@ -102,8 +102,8 @@ class CMAES(ABC):
     def tell(self, candidates: Sequence[Explicit], losses: Sequence[float]) -> None:
         """Moves the distribution by the losses of the candidates just asked, in that order.
 
-        A loss that is not finite ranks last. A generation whose losses are all alike says nothing: C would
-        shrink at random, so only its noise is used up.
+        A loss that is not finite ranks last. A generation whose losses are all alike says nothing of C, which
+        would shrink at random: only σ grows.
 
         Raises:
             ValueError: not λ candidates and losses.
@@ -221,15 +221,21 @@ class CMAES(ABC):
     def _learn_from(self, samples: Samples, losses: Sequence[float], *, mirrored: bool) -> None:
         finite = [loss for loss in losses if math.isfinite(loss)]
         self._stopping.note(losses)
-        flat = len(finite) == len(losses) and min(finite) == max(finite)
-        if flat or not finite:
+        if not finite:
             return
-        weights = by_rank(losses, self.parameters.weights, mirrored=mirrored)
-        self._learn(samples, weights.to(self._mean))
-        growth = self._step_size.growth(float(self._path_sigma.norm()), losses)
-        self.sigma *= growth
-        if self._updates % LOOK_EVERY == 0:
-            self._stopping.look(self._scales())
+        if len(finite) < len(losses) or min(finite) < max(finite):
+            weights = by_rank(losses, self.parameters.weights, mirrored=mirrored)
+            self._learn(samples, weights.to(self._mean))
+            self.sigma *= self._step_size.growth(float(self._path_sigma.norm()), losses)
+            if self._updates % LOOK_EVERY == 0:
+                self._stopping.look(self._scales())
+        if self._on_plateau(losses):
+            self.sigma *= math.exp(0.2 + self.parameters.c_sigma / self.parameters.d_sigma)
+
+    def _on_plateau(self, losses: Sequence[float]) -> bool:
+        """Whether seven tenths of a generation are as good as its best (appendix B.3, flat fitness)."""
+        told = sorted(loss if math.isfinite(loss) else math.inf for loss in losses)
+        return told[0] == told[math.ceil(0.7 * len(told)) - 1]
 
     def _move(self, z: Tensor, y: Tensor) -> float:
         """Moves the mean and the paths by ⟨z⟩_w and ⟨y⟩_w; returns h_σ."""
