@@ -64,7 +64,7 @@ def cmaes(
     Raises:
         UserError: another name, or an option out of its range.
     """
-    sigma = sigma or SIGMAS.get(problem.space, SIGMA)
+    sigma = sigma or defaults(problem.space, name)["sigma"]
     options = Options(sigma, population_size, mirrored, orthogonal, step_size, lower, upper, dtype, rank)
     variant = _variant(problem, name, options)
     if restarts not in SCHEMES:
@@ -100,10 +100,16 @@ def variants() -> list[Variant]:
     return [Variant(name, "evolution strategy", options) for name, options in own.items()]
 
 
+def defaults(space: str, name: str | None) -> dict[str, float]:
+    """What an option of 0 takes in a space of that kind."""
+    return {"sigma": SIGMAS.get(space, SIGMA)}
+
+
 # where `pipeline.registry` looks for them
 cmaes.memory_bytes = memory_bytes  # type: ignore[attr-defined]
 cmaes.variants = variants  # type: ignore[attr-defined]
 cmaes.choose = choose  # type: ignore[attr-defined]
+cmaes.defaults = defaults  # type: ignore[attr-defined]
 
 
 def _options(given: dict[str, Any]) -> Options:

@@ -129,6 +129,24 @@ def _variants(backend: Callable[..., Any], variants: dict[str, type[SeededOptimi
     ]
 
 
+def _defaults(
+    backend: Callable[..., Any], variants: dict[str, type[SeededOptimizer]], space: str, name: str | None
+) -> dict[str, float]:
+    """What an option of 0 takes in a space of that kind, by its name."""
+    variant = variants.get(name or "", next(iter(variants.values())))
+    settings = variant.DEFAULTS.get(space)
+    if settings is None:
+        return {}
+    scale, count = ("epsilon", "directions") if backend is spsa else ("sigma", "population_size")
+    return {
+        scale: settings.epsilon,
+        "learning_rate": settings.learning_rate,
+        count: settings.directions,
+    }
+
+
 # where `pipeline.registry` looks for them
 spsa.variants = partial(_variants, spsa, SPSA)  # type: ignore[attr-defined]
 es.variants = partial(_variants, es, ES)  # type: ignore[attr-defined]
+spsa.defaults = partial(_defaults, spsa, SPSA)  # type: ignore[attr-defined]
+es.defaults = partial(_defaults, es, ES)  # type: ignore[attr-defined]
