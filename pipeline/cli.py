@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
+from pipeline.commands.tune import tune
 from pipeline.errors import UserError, guarded, unknown
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def options(
     pipeline run --optimizer nevergrad:OnePlusOne
     pipeline run --optimizer spsa,directions=16 -S finetune.space=biases --forward-passes 2000
     pipeline run --train my.csv --test my2.csv --text review --label stars
+    pipeline tune --optimizer spsa --workers 2
     pipeline replay spsa-1
     pipeline ui
 
@@ -93,6 +95,9 @@ def run(
     ] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Last stage.")] = None,
     name: Annotated[str | None, typer.Option(help="The run's folder under runs/.")] = None,
+    tuned: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Take what `pipeline tune` found there.")
+    ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Majority, zero-shot, linear probe, AdamW.")
     ] = True,
@@ -101,13 +106,14 @@ def run(
         str | None, typer.Option(metavar="RUN", help="Go on with a run that was cut off; alone.")
     ] = None,
 ) -> None:
-    """Run prepare → pretrain → finetune → evaluate into runs/NAME.
+    """Run prepare → pretrain → tune, if enabled → finetune → evaluate into runs/NAME.
 
     \b
     pipeline run --optimizer nevergrad:OnePlusOne --forward-passes 400
     pipeline run --optimizer cmaes:SepCMA --seed 1 --no-baselines
     pipeline run --name mine --to pretrain && pipeline run --name mine --from finetune
     pipeline run --resume mine
+    pipeline run --tuned tune-spsa
     """
     from pipeline import runs
     from pipeline.layout import Layout
@@ -117,7 +123,7 @@ def run(
         return
 
     files = {"train": train, "validation": validation, "test": test, "text": text, "label": label}
-    chosen = _configure(
+    chosen = configure(
         config,
         files,
         {
@@ -129,6 +135,7 @@ def run(
             "evaluate.baselines": None if baselines else False,
         },
         set_ or [],
+        tuned,
     )
     stages = runs.stages_between(first, last)
     if first and first != "prepare" and name is None:
@@ -140,6 +147,9 @@ def run(
         return
     runs.execute(chosen, layout, stages)
     _closing(layout)
+
+
+app.command()(tune)
 
 
 @app.command()
@@ -170,7 +180,7 @@ def replay(
         raise UserError("--out needs --stage pretrain or --stage finetune")
     chosen = [stage] if stage else [s for s in STAGES if (recorded(layout, s) / FILE).is_file()]
     if not chosen:
-        raise UserError(f"{_shown(layout.root)} holds no trajectory yet")
+        raise UserError(f"{shown(layout.root)} holds no trajectory yet")
     for each in chosen:
         done = rebuild(layout, each, out)
         end = "identical to the run's" if done.whole else "where the run was cut off"
@@ -194,7 +204,7 @@ def show(
 
     layout = runs.find(run)
     if not layout.metrics.is_file():
-        raise UserError(f"{_shown(layout.root)} has no metrics.json yet: its evaluate stage has not run")
+        raise UserError(f"{shown(layout.root)} has no metrics.json yet: its evaluate stage has not run")
     text = layout.metrics.read_text(encoding="utf-8")
     typer.echo(text.rstrip() if as_json else table(json.loads(text)))
 
@@ -285,7 +295,7 @@ def new_plugin(
     """
     from pipeline.scaffold import write_plugin
 
-    folder = _shown(write_plugin(name, into).resolve())
+    folder = shown(write_plugin(name, into).resolve())
     place = folder if os.path.isabs(folder) else f"./{folder}"  # pip takes a bare name for a package's
     typer.echo(f"{place}: now pip install {place} && pytest {place}")
 
@@ -335,13 +345,17 @@ def _closing(layout: Layout) -> None:
     """Says what a run left, and where."""
     made = [path for path in (layout.metrics, layout.report) if path.is_file()]
     held = ", ".join(path.name for path in made) or "no result yet: its evaluate stage has not run"
-    typer.echo(f"\n{_shown(layout.root)}: {held}. Review: pipeline ui")
+    typer.echo(f"\n{shown(layout.root)}: {held}. Review: pipeline ui")
 
 
-def _configure(
-    file: Path | None, files: dict[str, str | None], flags: dict[str, Any], assignments: list[str]
+def configure(
+    file: Path | None,
+    files: dict[str, str | None],
+    flags: dict[str, Any],
+    assignments: list[str],
+    tuned: str | None = None,
 ) -> Any:
-    """Parameters of a run: the file's, then the user's data, then flags, then ``-S``.
+    """Parameters of a run: the file's, those found by tuning, then the user's data, then flags, then ``-S``.
 
     ``--train`` replaces the data as a whole: the default's label descriptions and corpora are not its own.
     """
@@ -353,8 +367,13 @@ def _configure(
         chosen = configuration.Config()
     else:
         chosen = configuration.read(file or default)
+    if tuned is not None:
+        from pipeline.runs import find
+        from pipeline.tuned import applied as with_found
+
+        chosen = with_found(chosen, find(tuned).tuned)
     applied: dict[str, Any] = {}
-    if files["train"] is not None:
+    if files.get("train") is not None:
         applied = {f"prepare.{key}": None for key in ("validation", "test", "text", "label")}
         applied |= {"prepare.corpus": ["task"], "finetune.descriptions": None}
     for key, value in files.items():
@@ -371,7 +390,7 @@ def _absolute(source: str) -> str:
     return str(path.resolve()) if path.exists() else source
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """A path as short as it can be said."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 

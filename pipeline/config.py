@@ -102,6 +102,26 @@ class FinetuneConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """The search for fine-tuning's parameters, on the validation split."""
+
+    # true searches before the finetune stage, which then takes what was found.
+    enabled: bool = False
+    # Trials, each a whole fine-tuning run.
+    trials: int = within(1, 30)
+    # Processes at once.
+    workers: int = within(1, 1)
+    # What is searched: NAME=LOW..HIGH, NAME=A|B|C or NAME=LOW..HIGH*OTHER, where NAME is a parameter of
+    # finetune, optimizer.OPTION or space.OPTION; empty takes the optimizer's epsilon or sigma, and its
+    # learning_rate.
+    search: list[str] = field(default_factory=list)
+    # The validation figure that ranks trials: loss, of which the least is best, or accuracy.
+    by: str = "loss"
+    # Where Optuna keeps the study: null is a journal file beside the trials; else a database's URL.
+    storage: str | None = None
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """The held-out test, and what the result stands beside."""
 
@@ -129,6 +149,7 @@ class Config:
     model: str = "package:minilm"
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -148,7 +169,7 @@ class Config:
 
 
 MAPPINGS = ("finetune.descriptions",)  # parameters whose own keys can be set one by one
-SECTIONS = ("prepare", "pretrain", "finetune", "evaluate")
+SECTIONS = ("prepare", "pretrain", "tune", "finetune", "evaluate")
 
 
 def read(path: Path) -> Config:

@@ -24,6 +24,16 @@ class Layout:
         return self.root / "models" / "pretrained"
 
     @property
+    def tuned(self) -> Path:
+        """What tuning found: parameters of the finetune stage, ``tuned.json``."""
+        return self.root / "tuned.json"
+
+    @property
+    def tuning(self) -> Path:
+        """Studies and their trials, which outlive the stage: one that is cut off goes on."""
+        return self.root / "tuning"
+
+    @property
     def finetuned(self) -> Path:
         """The model after fine-tuning, ``trajectory.jsonl``, ``metrics.json``."""
         return self.root / "models" / "finetuned"
@@ -33,6 +43,7 @@ class Layout:
         return {
             "prepare": [self.prepared],
             "pretrain": [self.pretrained, partial(self.pretrained), self.plots / "pretrain.csv"],
+            "tune": [self.tuned],
             "finetune": [self.finetuned, partial(self.finetuned), self.plots / "finetune.csv"],
             "evaluate": [self.metrics, self.report, *sorted(self.plots.glob("*.png"))],
         }[stage]
@@ -50,6 +61,11 @@ class Layout:
     @property
     def report(self) -> Path:
         return self.root / "report.md"
+
+    @property
+    def ledger(self) -> Path:
+        """Which tracked run made the results of which stage."""
+        return self.root / ".tracked.json"
 
     @property
     def params(self) -> Path:

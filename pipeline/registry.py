@@ -6,7 +6,8 @@ checked against its signature; one that takes ``**options`` checks them itself a
 A backend whose memory grows with the space has a function attribute
 ``memory_bytes(problem, *, name=None, **options) -> int``, asked before anything is built. One with variants
 has a function attribute ``variants() -> list[Variant]``, which ``pipeline plugins BACKEND`` shows; one that
-takes one of them by itself where none is named has ``choose(problem, **options) -> (name, why)``.
+takes one of them by itself where none is named has ``choose(problem, **options) -> (name, why)``. One whose
+options are 0 for "the space's own" has ``defaults(space, name) -> {option: value}``: where tuning starts.
 """
 
 from __future__ import annotations
@@ -126,6 +127,18 @@ def options_of(backend: Callable[..., Any]) -> dict[str, Any]:
     """The options that a backend's signature names, with their defaults."""
     parameters = inspect.signature(backend).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "name"}
+
+
+def defaults_of(spec: Spec, space: str) -> dict[str, Any]:
+    """The values that a spec's options have in a space of that kind: its own, or the backend's.
+
+    Raises:
+        UserError: no such backend.
+    """
+    backend = load("optimizer", spec.backend)
+    declare = getattr(backend, "defaults", None)
+    settled = declare(space, spec.name) if declare else {}
+    return options_of(backend) | settled | spec.options
 
 
 def declared_bytes(spec: Spec, backend: Callable[..., Any], problem: Problem) -> int | None:

@@ -47,15 +47,19 @@ def folder(name: str | None, config: Config, *, make: bool) -> Path:
         if not re.fullmatch(r"[\w.,=+-]+", name) or name in (".", ".."):
             raise UserError(f"--name '{name}': use letters, digits, '.', '_', '-', '=' and '+' only")
         return runs / name
-    slug = re.sub(r"[^\w.=+-]+", "-", config.finetune.optimizer).strip("-")
     for number in itertools.count(1):
-        path = runs / f"{slug}-{number}"
+        path = runs / f"{slug(config.finetune.optimizer)}-{number}"
         with contextlib.suppress(FileExistsError):
             if make:
                 path.mkdir(parents=True)
             if make or not path.exists():
                 return path
     raise AssertionError("unreachable")
+
+
+def slug(text: str) -> str:
+    """``text`` as a part of a folder's name."""
+    return re.sub(r"[^\w.=+-]+", "-", text).strip("-")
 
 
 def preflight(config: Config, stages: Sequence[str]) -> None:
@@ -95,23 +99,39 @@ def unfinished(layout: Layout) -> tuple[Config, tuple[str, ...]]:
         UserError: it is whole.
     """
     config = configuration.read(layout.params)
+    if first := first_unfinished(layout, config):
+        return config, stages_between(first, None)
+    raise UserError(f"{layout.root} is finished: nothing is left to resume")
+
+
+def first_unfinished(layout: Layout, config: Config) -> str | None:
+    """The first stage that has not written all it writes; None where all have."""
     last_written = {
         "prepare": layout.prepared / "card.json",
         "pretrain": layout.pretrained / "metrics.json",
+        "tune": layout.tuned,
         "finetune": layout.finetuned / "metrics.json",
         "evaluate": layout.report,
     }
     for stage in ORDER:
         skipped = stage == "finetune" and config.prepare.task == "none"
         if not last_written[stage].is_file() and not skipped:
-            return config, stages_between(stage, None)
-    raise UserError(f"{layout.root} is finished: nothing is left to resume")
+            return stage
+    return None
 
 
-def execute(config: Config, layout: Layout, stages: Sequence[str], *, resume: bool = False) -> None:
+def execute(
+    config: Config,
+    layout: Layout,
+    stages: Sequence[str],
+    *,
+    resume: bool = False,
+    parent: str | None = None,
+) -> None:
     """Runs the stages; the parameters as used are written first, and what the stages will replace goes.
 
-    With ``resume`` the first of them goes on from what was left of it.
+    With ``resume`` the first of them goes on from what was left of it. ``parent`` is the ``id`` of the
+    tracked run that these are part of.
 
     Raises:
         UserError: the folder holds a run with other parameters for the stages that are kept, or another
@@ -129,13 +149,18 @@ def execute(config: Config, layout: Layout, stages: Sequence[str], *, resume: bo
                 _clear_from(layout, stages[0])
             configuration.write(config, layout.params)
             for stage in stages:
-                run(stage, config, layout, resume=resume and stage == stages[0])
+                run(stage, config, layout, resume=resume and stage == stages[0], parent=parent)
     except Timeout:
         raise UserError(f"another process is at work in {layout.root}; choose another --name") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; to go on: pipeline run --resume {layout.root.name}") from None
     except UserError:
-        if {path.name for path in layout.root.rglob("*")} <= {lock.name, layout.params.name, "data"}:
+        if {path.name for path in layout.root.rglob("*")} <= {
+            lock.name,
+            layout.params.name,
+            layout.ledger.name,
+            "data",
+        }:
             shutil.rmtree(layout.root)  # nothing came of it
         raise
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.trainer import OnMeasure
 
 _POINTS = 500  # of a curve of steps: what a chart can show, and a database keep for every run
-ORDER = ("prepare", "pretrain", "finetune", "evaluate")
+ORDER = ("prepare", "pretrain", "tune", "finetune", "evaluate")
 
 
 @dataclass
@@ -81,8 +81,10 @@ class Context:
 Stage = Callable[[Context], dict[str, float]]
 
 
-def run(name: str, config: Config, layout: Layout, *, resume: bool = False) -> dict[str, float]:
-    """Runs one stage under a tracked run; its figures.
+def run(
+    name: str, config: Config, layout: Layout, *, resume: bool = False, parent: str | None = None
+) -> dict[str, float]:
+    """Runs one stage under a tracked run, a part of ``parent`` if given; its figures.
 
     Raises:
         UserError: the stage is not installed, or says what is wrong.
@@ -90,7 +92,7 @@ def run(name: str, config: Config, layout: Layout, *, resume: bool = False) -> d
     from pipeline.tracking import track
 
     stage: Stage = load("stage", name)
-    with track(name, config, layout) as tracker:
+    with track(name, config, layout, parent=parent, resume=resume) as tracker:
         return stage(Context(config, layout, tracker, resume))
 
 

@@ -57,6 +57,9 @@ class Result:
     steps: int
     curve: list[tuple[int, dict[str, float]]]
 
+    kept: dict[str, float] = field(default_factory=dict)
+    """What was measured of the weights that training left."""
+
 
 def train(
     training: Training,
@@ -98,6 +101,7 @@ def train(
                 recorder = Recorder(trajectory, header, go_on=before is not None)
             loop.run(batches, recorder, on_step)
             kept = loop.best.restore(loop.result.steps)
+            loop.result.kept = loop.best.figures or loop.result.curve[-1][1]
             if recorder:
                 recorder.end(kept, space.digest())
         finally:
@@ -236,7 +240,7 @@ class _Loop:
         self._due = made + max(1, self.training.evaluate_every)
         if self._on_measure:
             self._on_measure(made, figures)
-        self._going = self.best.go_on(figures["loss"], self.result.steps)
+        self._going = self.best.go_on(figures, self.result.steps)
 
 
 class _Best:
@@ -249,12 +253,15 @@ class _Best:
         self._step = 0
         self._worse = 0
         self._weights: list[Tensor] = []
+        self.figures: dict[str, float] = {}
 
-    def go_on(self, loss: float, step: int) -> bool:
+    def go_on(self, figures: dict[str, float], step: int) -> bool:
         if not self._patience:
             return True
+        loss = figures["loss"]
         if loss < self._loss:
             self._loss, self._step, self._worse = loss, step, 0
+            self.figures = figures
             self._weights = self._space.snapshot()
         else:
             self._worse += 1

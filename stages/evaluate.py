@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 
 from pipeline import start
-from pipeline.config import FinetuneConfig
+from pipeline.config import Config, FinetuneConfig
 from pipeline.evaluation import measure, measure_with_interval
 from pipeline.models import choose_device
 from pipeline.report import table, verdict, write_report
 from pipeline.stage import Context, read_metrics, script, write_metrics
 from pipeline.tasks.base import Start
 from pipeline.trainer import train
+from pipeline.tuned import with_tuned
 
 
 def evaluate(context: Context) -> dict[str, float]:
     """Writes ``metrics.json``, the plots and the report."""
-    config, layout = context.config, context.layout
+    layout = context.layout
+    config = with_tuned(context.config, layout)
     metrics = {**read_metrics(layout.pretrained / "metrics.json")}
     if config.prepare.task != "none":
         metrics.update(read_metrics(layout.finetuned / "metrics.json"))
@@ -35,7 +37,8 @@ def evaluate(context: Context) -> dict[str, float]:
 
 
 def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
-    config, layout = context.config, context.layout
+    layout = context.layout
+    config = with_tuned(context.config, layout)
     task = start.task(config, "finetune")
     begin = task.start(config, layout, layout.finetuned)
     result = task.load(layout.finetuned).to(choose_device(config.device))
@@ -43,7 +46,7 @@ def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
     write_metrics(layout.metrics, {**metrics, **_flat(rows)})  # whatever becomes of the yardsticks
     if config.evaluate.baselines:
         rows |= task.yardsticks(begin)
-        rows["adamw"] = _adamw(context, begin)
+        rows["adamw"] = _adamw(context, config, begin)
     return {**metrics, **_flat(rows)}
 
 
@@ -51,9 +54,9 @@ def _flat(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     return {f"{row}/{key}": value for row, figures in rows.items() for key, value in figures.items()}
 
 
-def _adamw(context: Context, begin: Start) -> dict[str, float]:
+def _adamw(context: Context, config: Config, begin: Start) -> dict[str, float]:
     """The same start, data order and budget, by backpropagation; the best validation loss is kept."""
-    config, options = context.config, context.config.evaluate
+    options = config.evaluate
     yardstick: FinetuneConfig = dataclasses.replace(
         config.finetune,
         optimizer="adamw",

@@ -11,6 +11,7 @@ from pipeline.peak_memory import PeakMemory
 from pipeline.stage import Context, fresh_folder, script, write_metrics
 from pipeline.trainer import train
 from pipeline.trajectory import FILE
+from pipeline.tuned import with_tuned
 
 
 def finetune(context: Context) -> dict[str, float]:
@@ -29,7 +30,8 @@ def finetune(context: Context) -> dict[str, float]:
 
 
 def _finetune(context: Context, folder: Path) -> dict[str, float]:
-    config, layout = context.config, context.layout
+    layout = context.layout
+    config = with_tuned(context.config, layout)
     begin = start.begin(config, layout, "finetune", folder)
     space = start.space(config.finetune, config, begin.model)
     training = start.training(config.finetune, config, config.finetune.patience)
@@ -61,6 +63,7 @@ def _finetune(context: Context, folder: Path) -> dict[str, float]:
         merge_lora(begin.model.encoder)
     begin.model.save(folder, begin.tokenizer)
     return {
+        **{f"validation/{key}": value for key, value in result.kept.items()},
         "forward_passes": result.forward_passes,
         "seconds": result.seconds,
         "peak_memory_mib": memory.mib,

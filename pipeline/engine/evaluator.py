@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline import noise
+from pipeline.engine import shared
 from pipeline.engine.scorer import Scorer
 from pipeline.errors import UserError
 from pipeline.objective import Objective, cross_entropy
@@ -51,6 +52,7 @@ class Engine:
         self._head_only = space.only_in(model.head_parameters())
         self._scorer = Scorer(model, space, objective)
         self._kept: dict[int, Tensor] = {}
+        self._shared: shared.Features | None = None
 
     @property
     def found(self) -> dict[str, Any]:
@@ -138,12 +140,33 @@ class Engine:
             return self.model.features(batch)
         missing = [i for i, example in enumerate(batch.examples) if example not in self._kept]
         if missing:
+            if not self._kept:
+                self._shared = shared.store(self.model, len(batch.examples))
+            missing = self._taken_over(batch, missing)
+        if missing:
             rows = torch.tensor(missing, device=batch.targets.device)
             inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
             examples = tuple(batch.examples[i] for i in missing)
             computed = self.model.features(Batch(inputs, batch.targets[rows], examples=examples))
             self._kept.update(zip(examples, computed, strict=True))
+            if self._shared is not None:
+                self._shared.update(
+                    {shared.content(batch, i): self._kept[batch.examples[i]] for i in missing}
+                )
         return torch.stack([self._kept[example] for example in batch.examples])
+
+    def _taken_over(self, batch: Batch, missing: list[int]) -> list[int]:
+        """Keeps what another run has computed of those rows; the rows that are missing still."""
+        if self._shared is None or batch.examples is None:
+            return missing
+        still = []
+        for i in missing:
+            found = self._shared.get(shared.content(batch, i))
+            if found is None:
+                still.append(i)
+            else:
+                self._kept[batch.examples[i]] = found
+        return still
 
 
 class BatchEvaluator:

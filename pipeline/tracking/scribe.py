@@ -7,6 +7,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 # What one call of log_batch takes (mlflow.utils.validation).
 METRICS_A_CALL, PARAMS_A_CALL, TAGS_A_CALL = 1000, 100, 100
 LOCK_SECONDS = 60.0
+PARENT_SECONDS = 60.0  # a fresh database and an import of mlflow take under 20 s on 2 cores
+RUN = "pipeline.run"  # the tag that holds what a run is called here
 
 
 def main() -> None:
@@ -74,13 +77,37 @@ class _Book:
             self.take({"do": "end", "run": run, **end})
 
     def _start(
-        self, run: str, uri: str, name: str, at: int, tags: dict[str, str], artifacts: str | None = None
+        self,
+        run: str,
+        uri: str,
+        name: str,
+        at: int,
+        tags: dict[str, str],
+        artifacts: str | None = None,
+        parent: str | None = None,
+        again: bool = False,
     ) -> None:
         if uri not in self._stores:
             self._stores[uri] = _open(uri, artifacts)
         client, experiment = self._stores[uri]
+        if again and (known := _find(client, experiment, run)):
+            client.update_run(known, status="RUNNING")
+            self._runs[run] = client, known
+            return
+        tags = {**tags, RUN: run}
+        if parent and (above := self._parent(client, experiment, parent)):
+            tags["mlflow.parentRunId"] = above
         made = client.create_run(experiment, start_time=at, tags=tags, run_name=name)
         self._runs[run] = client, made.info.run_id
+
+    def _parent(self, client: MlflowClient, experiment: str, run: str) -> str | None:
+        """MLflow's id of a run that this process or another one began; its process may not be so far yet."""
+        if run in self._runs:
+            return self._runs[run][1]
+        patience = time.monotonic() + PARENT_SECONDS
+        while (found := _find(client, experiment, run)) is None and time.monotonic() < patience:
+            time.sleep(1.0)
+        return found
 
     def _log(
         self,
@@ -127,6 +154,12 @@ class _Book:
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _find(client: MlflowClient, experiment: str, run: str) -> str | None:
+    """MLflow's id of the run that is called ``run`` here."""
+    found = client.search_runs([experiment], f"tags.`{RUN}` = '{run}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
 
 
 def _open(uri: str, artifacts: str | None) -> tuple[MlflowClient, str]:

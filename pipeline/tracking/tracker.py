@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.config import SECTIONS, Config
 from pipeline.layout import Layout, project_root
+from pipeline.tracking import ledger
 from pipeline.tracking.process import ScribeProcess, the_scribe
 from pipeline.tracking.store import milliseconds, mlruns, store_uri
 
@@ -28,9 +29,13 @@ Send = Callable[[dict[str, Any]], None]
 
 
 class Tracker:
-    """Notes one run. Every method returns at once; none raises when tracking fails."""
+    """Notes one run. Every method returns at once; none raises when tracking fails.
 
-    def __init__(self, send: Send) -> None:
+    ``id`` is what the run is called here, before MLflow gives it an id; None where nothing is tracked.
+    """
+
+    def __init__(self, send: Send, id: str | None = None) -> None:
+        self.id = id
         self._send = send
         self._metrics: list[tuple[str, float, int, int]] = []
         self._flushed = time.monotonic()
@@ -72,8 +77,13 @@ class Tracker:
 
 
 @contextmanager
-def track(stage: str, config: Config, layout: Layout) -> Iterator[Tracker]:
+def track(
+    stage: str, config: Config, layout: Layout, *, parent: str | None = None, resume: bool = False
+) -> Iterator[Tracker]:
     """A tracked run of ``stage``: FINISHED, FAILED when an exception leaves it, KILLED on Ctrl-C.
+
+    ``parent`` is the ``id`` of the run it is a part of, which may be another process's. With ``resume`` it is
+    the run that was cut off, which goes on.
 
     ``PIPELINE_TRACKING=off``, or no mlflow installed: a tracker that does nothing. A store that cannot be
     reached costs one line on stderr.
@@ -82,9 +92,10 @@ def track(stage: str, config: Config, layout: Layout) -> Iterator[Tracker]:
     if scribe is None:
         yield Tracker(lambda message: None)
         return
-    run = uuid.uuid4().hex
-    tracker = Tracker(lambda message: scribe.send({"run": run, **message}))
-    _start(tracker, scribe, run, stage, config, layout)
+    before = ledger.noted(layout).get(stage, {}).get("run") if resume else None
+    run = before or uuid.uuid4().hex
+    tracker = Tracker(lambda message: scribe.send({"run": run, **message}), run)
+    _start(tracker, scribe, run, stage, config, layout, {"parent": parent, "again": before is not None})
     status = "FINISHED"
     try:
         yield tracker
@@ -103,13 +114,20 @@ def track(stage: str, config: Config, layout: Layout) -> Iterator[Tracker]:
 
 
 def _start(
-    tracker: Tracker, scribe: ScribeProcess, run: str, stage: str, config: Config, layout: Layout
+    tracker: Tracker,
+    scribe: ScribeProcess,
+    run: str,
+    stage: str,
+    config: Config,
+    layout: Layout,
+    more: dict[str, Any],
 ) -> None:
     commit = _commit()
     own = layout.root.resolve() != project_root()
     name = layout.root.name if own else "-".join(["repro", *([commit[:7]] if commit else [])])
     message: dict[str, Any] = {"do": "start", "run": run, "uri": store_uri(), "name": f"{name}/{stage}"}
-    message["at"] = milliseconds()
+    message |= {"at": milliseconds(), **more}
+    ledger.note(layout, stage, {"run": run, "at": message["at"], "commit": commit, "store": message["uri"]})
     if message["uri"].startswith("sqlite:"):
         message["artifacts"] = (mlruns() / "artifacts").as_uri()
     scribe.send({**message, "tags": _tags(stage, config, commit)})

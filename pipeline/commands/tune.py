@@ -1,0 +1,87 @@
+"""``pipeline tune``: the stages up to the search, into a folder of the study's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import UserError
+
+
+def tune(
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="backend[:Name][,key=value…] to tune.")
+    ] = None,
+    trials: Annotated[int, typer.Option(metavar="N", help="Whole fine-tuning runs, in all.")] = 30,
+    workers: Annotated[int, typer.Option(metavar="N", help="Processes at once.")] = 1,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=LOW..HIGH",
+            help="What to search; may be repeated. Else the optimizer's epsilon or sigma, and learning_rate.",
+        ),
+    ] = None,
+    by: Annotated[str, typer.Option(help="The validation figure that ranks trials.")] = "loss",
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="Optuna's database; else a journal file.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR|ID", help="Model directory, hub id or package:NAME.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters; else params.yaml.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Set a parameter; may be repeated."),
+    ] = None,
+    forward_passes: Annotated[int | None, typer.Option(metavar="N", help="Budget of each trial.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The experiment's seed.")] = None,
+    name: Annotated[str | None, typer.Option(help="The study's folder under runs/.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print tuned.json at the end.")] = False,
+) -> None:
+    """Search for an optimizer's parameters on the validation split; the test is not looked at.
+
+    \b
+    pipeline tune --optimizer spsa --trials 30 --workers 2
+    pipeline tune --search "epsilon=1e-4..1" --search "learning_rate=0.01..10*epsilon"
+    pipeline tune --search "optimizer.directions=4..64" --search "batch_size=16|32|64" --by accuracy
+    pipeline run --tuned tune-spsa       # with what was found
+
+    The same command again goes on with a study that was cut off, and with more --trials adds to it.
+    """
+    from pipeline import runs
+    from pipeline.cli import configure, shown
+    from pipeline.layout import Layout
+    from pipeline.tuning.run import digest
+
+    chosen = configure(
+        config,
+        {},
+        {
+            "finetune.optimizer": optimizer,
+            "model": model,
+            "finetune.forward_passes": forward_passes,
+            "seed": seed,
+            "tune.enabled": True,
+            "tune.trials": trials,
+            "tune.workers": workers,
+            "tune.search": search,
+            "tune.by": by,
+            "tune.storage": storage,
+        },
+        set_ or [],
+    )
+    if chosen.prepare.task == "none":
+        raise UserError("prepare.task is none: there is no fine-tuning to tune")
+    runs.preflight(chosen, runs.stages_between(None, "tune"))
+    layout = Layout(runs.folder(name or f"tune-{runs.slug(chosen.finetune.optimizer)}", chosen, make=True))
+    begun = layout.params.is_file()
+    first = runs.first_unfinished(layout, chosen) or "tune"
+    stages = runs.stages_between(first if first in ("prepare", "pretrain") else "tune", "tune")
+    runs.execute(chosen, layout, stages, resume=begun)
+    if as_json:
+        typer.echo(layout.tuned.read_text(encoding="utf-8").rstrip())
+        return
+    report = layout.tuning / digest(chosen, layout) / "report.md"
+    typer.echo(f"\n{shown(report)}. Use what was found: pipeline run --tuned {layout.root.name}")

@@ -1,0 +1,1 @@
+"""An Optuna study over fine-tuning's parameters: ``run`` is the whole of it."""
