@@ -131,7 +131,8 @@ def _start(
     if message["uri"].startswith("sqlite:"):
         message["artifacts"] = (mlruns() / "artifacts").as_uri()
     scribe.send({**message, "tags": _tags(stage, config, commit)})
-    tracker.params(_params(stage, config))
+    if not more["again"]:  # MLflow refuses a second value of a parameter
+        tracker.params(_params(stage, config))
     if stage != "prepare":
         _note_data(tracker, layout)
 

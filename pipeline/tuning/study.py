@@ -40,7 +40,7 @@ class Taken:
 
 
 class Study:
-    """The study in ``folder``, whose trials are in ``folder/trials/<number>``.
+    """The study in ``folder``, whose trials are in ``folder/trials/trial-<number>``.
 
     ``direction`` is Optuna's; ``seed`` decides the suggestions, together with the trials that have ended when
     each is made.
@@ -160,7 +160,7 @@ class Study:
         return Taken(trial.number, self._folder_of(trial.number), suggested), lock
 
     def _folder_of(self, number: int) -> Path:
-        return self.folder / "trials" / f"{number:03d}"
+        return self.folder / "trials" / f"trial-{number:03d}"
 
     def _held(self, number: int) -> FileLock | None:
         """The trial's lock, taken; None where another process has it."""
