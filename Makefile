@@ -29,4 +29,4 @@ $(INSTALLED): pyproject.toml
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) data models plots runs metrics.json report.md
+	rm -rf $(VENV) data models plots runs tuning tuned.json metrics.json predictions.csv report.md

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
+from pipeline.commands.compare import compare
 from pipeline.commands.tune import tune
 from pipeline.errors import UserError, guarded, unknown
 
@@ -52,6 +53,7 @@ def options(
     pipeline run --optimizer spsa,directions=16 -S finetune.space=biases --forward-passes 2000
     pipeline run --train my.csv --test my2.csv --text review --label stars
     pipeline tune --optimizer spsa --workers 2
+    pipeline compare --optimizers spsa,es,cmaes --seeds 3
     pipeline replay spsa-1
     pipeline ui
 
@@ -150,6 +152,7 @@ def run(
 
 
 app.command()(tune)
+app.command()(compare)
 
 
 @app.command()

@@ -125,8 +125,10 @@ class TuneConfig:
 class EvaluateConfig:
     """The held-out test, and what the result stands beside."""
 
-    # Majority, zero-shot, linear probe and AdamW beside the result.
+    # Majority, zero-shot and linear probe beside the result, and AdamW.
     baselines: bool = True
+    # AdamW among them.
+    adamw: bool = True
     # AdamW's step size.
     adamw_learning_rate: float = within(1e-12, 5e-5)
     # AdamW's evaluations without a better validation loss before it stops; its budget is finetune's.
@@ -166,6 +168,21 @@ class Config:
             else:
                 out[key] = value
         return out
+
+
+def with_yardstick(config: Config, optimizer: str = "adamw") -> Config:
+    """``config`` with AdamW through the whole model: the same data order and budget, by backpropagation."""
+    options = config.evaluate
+    finetune = dataclasses.replace(
+        config.finetune,
+        optimizer=optimizer,
+        objective="cross_entropy",
+        space="full",
+        learning_rate=options.adamw_learning_rate,
+        evaluate_every=options.adamw_evaluate_every,
+        patience=options.adamw_patience,
+    )
+    return dataclasses.replace(config, finetune=finetune)
 
 
 MAPPINGS = ("finetune.descriptions",)  # parameters whose own keys can be set one by one

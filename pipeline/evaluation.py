@@ -57,7 +57,11 @@ def measure(
 
 def measure_with_interval(model: TaskModel, batches: Sequence[Batch]) -> dict[str, float]:
     """`measure`, with ``accuracy_low`` and ``accuracy_high``."""
-    losses, hits = losses_and_hits(model, batches)
+    return with_interval(*losses_and_hits(model, batches))
+
+
+def with_interval(losses: Tensor, hits: Tensor) -> dict[str, float]:
+    """``loss`` (nats) and `accuracy` of what `losses_and_hits` gave."""
     return {"loss": float(losses.double().mean()), **accuracy(hits.numpy())}
 
 

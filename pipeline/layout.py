@@ -45,13 +45,18 @@ class Layout:
             "pretrain": [self.pretrained, partial(self.pretrained), self.plots / "pretrain.csv"],
             "tune": [self.tuned],
             "finetune": [self.finetuned, partial(self.finetuned), self.plots / "finetune.csv"],
-            "evaluate": [self.metrics, self.report, *sorted(self.plots.glob("*.png"))],
+            "evaluate": [self.metrics, self.report, self.predictions, *sorted(self.plots.glob("*.png"))],
         }[stage]
 
     @property
     def metrics(self) -> Path:
         """The flat verdict of the run."""
         return self.root / "metrics.json"
+
+    @property
+    def predictions(self) -> Path:
+        """Loss and hit of each test target, in an order that all runs over the same data and model share."""
+        return self.root / "predictions.csv"
 
     @property
     def plots(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +123,12 @@ def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     """Writes flat metrics as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def write_predictions(path: Path, losses: Sequence[float], hits: Sequence[bool]) -> None:
+    """Writes a line for each test target: its loss in nats and whether it was predicted."""
+    rows = [f"{loss!r},{int(hit)}" for loss, hit in zip(losses, hits, strict=True)]
+    path.write_text("\n".join(["loss,hit", *rows]) + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pipeline import start
-from pipeline.config import Config, FinetuneConfig
-from pipeline.evaluation import measure, measure_with_interval
+from pipeline.config import Config, with_yardstick
+from pipeline.evaluation import losses_and_hits, measure, measure_with_interval, with_interval
 from pipeline.models import choose_device
 from pipeline.report import table, verdict, write_report
-from pipeline.stage import Context, read_metrics, script, write_metrics
+from pipeline.stage import Context, read_metrics, script, write_metrics, write_predictions
 from pipeline.tasks.base import Start
 from pipeline.trainer import train
 from pipeline.tuned import with_tuned
@@ -20,6 +18,7 @@ def evaluate(context: Context) -> dict[str, float]:
     layout = context.layout
     config = with_tuned(context.config, layout)
     metrics = {**read_metrics(layout.pretrained / "metrics.json")}
+    write_predictions(layout.predictions, [], [])
     if config.prepare.task != "none":
         metrics.update(read_metrics(layout.finetuned / "metrics.json"))
         metrics = _test(context, metrics)
@@ -42,11 +41,14 @@ def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
     task = start.task(config, "finetune")
     begin = task.start(config, layout, layout.finetuned)
     result = task.load(layout.finetuned).to(choose_device(config.device))
-    rows = {"test": measure_with_interval(result, begin.test)}
+    losses, hits = losses_and_hits(result, begin.test)
+    write_predictions(layout.predictions, losses.tolist(), hits.tolist())
+    rows = {"test": with_interval(losses, hits)}
     write_metrics(layout.metrics, {**metrics, **_flat(rows)})  # whatever becomes of the yardsticks
     if config.evaluate.baselines:
         rows |= task.yardsticks(begin)
-        rows["adamw"] = _adamw(context, config, begin)
+        if config.evaluate.adamw:
+            rows["adamw"] = _adamw(context, config, begin)
     return {**metrics, **_flat(rows)}
 
 
@@ -56,19 +58,10 @@ def _flat(rows: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def _adamw(context: Context, config: Config, begin: Start) -> dict[str, float]:
     """The same start, data order and budget, by backpropagation; the best validation loss is kept."""
-    options = config.evaluate
-    yardstick: FinetuneConfig = dataclasses.replace(
-        config.finetune,
-        optimizer="adamw",
-        objective="cross_entropy",
-        space="full",
-        learning_rate=options.adamw_learning_rate,
-        evaluate_every=options.adamw_evaluate_every,
-    )
-    as_run = dataclasses.replace(config, finetune=yardstick)
+    as_run = with_yardstick(config)
     begin.model.float()  # small steps would be lost in half precision: no fair yardstick
-    space = start.space(yardstick, as_run, begin.model)
-    training = start.training(yardstick, as_run, options.adamw_patience)
+    space = start.space(as_run.finetune, as_run, begin.model)
+    training = start.training(as_run.finetune, as_run, as_run.finetune.patience)
     with context.training_progress("adamw", training.forward_passes) as (on_step, _):
         result = train(
             training,

@@ -1,0 +1,67 @@
+"""``pipeline compare``: optimizers beside each other at equal forward passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import UserError
+
+
+def compare(
+    optimizers: Annotated[
+        str,
+        typer.Option(metavar="SPEC,…", help="Specs; key=value belongs to the one before."),
+    ] = "spsa,spsa:OneSided,cmaes,nevergrad:OnePlusOne,nevergrad:DE,adamw",
+    seeds: Annotated[str, typer.Option(metavar="N|A,B,…", help="How many, or which.")] = "3",
+    tune: Annotated[
+        int, typer.Option(metavar="N", help="Trials that tune each before; 0 takes the defaults.")
+    ] = 0,
+    workers: Annotated[int, typer.Option(metavar="N", help="Runs at once, of one thread each.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR|ID", help="Model directory, hub id or package:NAME.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters; else params.yaml.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Set a parameter; may be repeated."),
+    ] = None,
+    forward_passes: Annotated[int | None, typer.Option(metavar="N", help="Budget of every run.")] = None,
+    name: Annotated[str, typer.Option(help="The comparison's folder under runs/.")] = "compare",
+    as_json: Annotated[bool, typer.Option("--json", help="Print comparison.json at the end.")] = False,
+) -> None:
+    """Compare optimizers over seeds: the same start, data order, budget and test for all; AdamW beside them.
+
+    \b
+    pipeline compare --optimizers spsa,spsa:OneSided,cmaes,nevergrad:DE --seeds 3 --workers 2
+    pipeline compare --optimizers spsa,directions=4,spsa,directions=16 --seeds 0,1 --forward-passes 4000
+    pipeline compare --optimizers spsa,es --tune 10 -S finetune.space=biases --name biases
+
+    The same command again goes on with a comparison that was cut off. What a method is refused for stays in
+    the table.
+    """
+    from pipeline import runs
+    from pipeline.cli import configure, shown
+    from pipeline.comparison.plan import Plan, parse_optimizers, parse_seeds
+    from pipeline.comparison.run import NAME
+    from pipeline.comparison.run import compare as run
+    from pipeline.comparison.table import markdown
+
+    if workers < 1 or tune < 0:
+        raise UserError("--workers must be at least 1, and --tune at least 0")
+    chosen = configure(config, {}, {"model": model, "finetune.forward_passes": forward_passes}, set_ or [])
+    if chosen.prepare.task == "none":
+        raise UserError("prepare.task is none: there is no fine-tuning to compare")
+    root = runs.folder(name, chosen, make=False)
+    plan = Plan(root, chosen, parse_optimizers(optimizers), parse_seeds(seeds), tune)
+    for each in plan.optimizers:
+        runs.preflight(plan.preflight_config(each), ("prepare", "pretrain", "finetune"))
+    found = run(plan, workers, typer.echo if not as_json else lambda text: None)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    typer.echo(markdown(found))
+    typer.echo(f"{shown(root / NAME)}.html, .md, .json. Review: pipeline ui")

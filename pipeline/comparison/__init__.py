@@ -1,0 +1,1 @@
+"""Optimizers beside each other: ``plan`` says what runs, ``jobs`` runs it, ``results`` reads it."""

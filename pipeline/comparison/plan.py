@@ -1,0 +1,137 @@
+"""What a comparison runs: every optimizer with every seed, from one start a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import config as configuration
+from pipeline.config import Config, TuneConfig
+from pipeline.errors import UserError
+from pipeline.layout import Layout
+from pipeline.registry import Spec
+from pipeline.runs import slug
+from pipeline.tuned import applied
+
+YARDSTICK = "adamw"
+FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison in ``root``.
+
+    ``optimizers`` are specs; ``seeds`` those that are reported; ``tune`` how many trials tune each optimizer
+    before, on a seed that is not among them, or 0.
+    """
+
+    root: Path
+    config: Config
+    optimizers: tuple[str, ...]
+    seeds: tuple[int, ...]
+    tune: int = 0
+
+    @property
+    def tuning_seed(self) -> int:
+        return max(self.seeds) + 1
+
+    def base(self, seed: int) -> Layout:
+        """Where the seed's data is prepared and its model pretrained."""
+        return Layout(self.root / "base" / f"seed-{seed}")
+
+    def run(self, optimizer: str, seed: int) -> Layout:
+        return Layout(self.root / slug(optimizer) / f"seed-{seed}")
+
+    def study(self, optimizer: str) -> Layout:
+        return Layout(self.root / slug(optimizer) / "tuning")
+
+    def base_config(self, seed: int) -> Config:
+        return dataclasses.replace(self.config, seed=seed, tune=TuneConfig())
+
+    def study_config(self, optimizer: str) -> Config:
+        """Of the optimizer's study: the same number of trials for each, on validation."""
+        tune = dataclasses.replace(self.config.tune, enabled=True, trials=self.tune, workers=1, storage=None)
+        return dataclasses.replace(self._of(optimizer, self.tuning_seed), tune=tune)
+
+    def run_config(self, optimizer: str, seed: int) -> Config:
+        """Of one run, with what its optimizer's study found; the first optimizer's has the yardsticks."""
+        config = self._of(optimizer, seed)
+        if self.tune:
+            config = applied(config, self.study(optimizer).tuned)
+        first = optimizer == self.optimizers[0]
+        return configuration.updated(
+            config, {"evaluate.baselines": first, "evaluate.adamw": False}, source="compare"
+        )
+
+    def preflight_config(self, optimizer: str) -> Config:
+        """What can be looked at before anything runs."""
+        return self._of(optimizer, self.seeds[0])
+
+    def _of(self, optimizer: str, seed: int) -> Config:
+        config = self.base_config(seed)
+        if Spec.parse(optimizer).backend == YARDSTICK:
+            return configuration.with_yardstick(config, optimizer)
+        return configuration.updated(config, {"finetune.optimizer": optimizer}, source="compare")
+
+    def keep(self) -> None:
+        """Writes the plan into its folder, or holds it against the one that is there.
+
+        Raises:
+            UserError: the folder holds another comparison.
+        """
+        path, now = self.root / FILE, self._said()
+        if path.is_file():
+            before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            for key, value in now.items():
+                if before.get(key) != value:
+                    raise UserError(
+                        f"{self.root} compares with {key}={before.get(key)}, now {value}; use another --name"
+                    )
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+    def _said(self) -> dict[str, Any]:
+        own = {"optimizers": list(self.optimizers), "seeds": list(self.seeds), "tune": self.tune}
+        return own | {key: value for key, value in self.config.flat().items() if key != "seed"}
+
+
+def parse_optimizers(text: str) -> tuple[str, ...]:
+    """Specs apart by commas; a part with ``=`` is an option of the spec before it. AdamW is among them.
+
+    Raises:
+        UserError: no spec, an option before any, one that does not parse, or one twice.
+    """
+    specs: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if "=" not in part:
+            specs.append(part)
+        elif specs:
+            specs[-1] += f",{part}"
+        else:
+            raise UserError(f"--optimizers begins with the option '{part}'; write a name before it")
+    for spec in specs:
+        Spec.parse(spec)
+        if specs.count(spec) > 1:
+            raise UserError(f"--optimizers names '{spec}' twice")
+    yardstick = [spec for spec in specs if Spec.parse(spec).backend == YARDSTICK] or [YARDSTICK]
+    return (*(spec for spec in specs if spec not in yardstick), *yardstick)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``3`` is 0, 1, 2; ``0,5,7`` is those.
+
+    Raises:
+        UserError: not whole numbers, none, or one twice.
+    """
+    parts: Sequence[str] = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise UserError(f"--seeds '{text}' is neither how many nor a list such as 0,5,7")
+    seeds = tuple(range(int(parts[0]))) if len(parts) == 1 else tuple(int(part) for part in parts)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds '{text}': name at least one, and each once")
+    return seeds

@@ -1,0 +1,76 @@
+"""Curves of a comparison, mean and band over seeds, as SVG text that stands alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette, told apart by most eyes, and on white and black alike
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6F47")
+INK = "#7a8088"
+POINTS = 200
+
+
+def curves(found: dict[str, Any], figure: str, by: str) -> str:
+    """``figure`` (loss or the metric) on validation against ``by``: ``forward_passes`` or ``seconds``."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    inked = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "comparison",
+        "font.family": "sans-serif",
+    }
+    with rc_context(style | dict.fromkeys(inked, INK)):
+        drawn = Figure(figsize=(6.2, 3.6), layout="constrained")
+        axes = drawn.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        _draw(axes, found, figure, by)
+        out = io.StringIO()
+        drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _draw(axes: Axes, found: dict[str, Any], figure: str, by: str) -> None:
+    seen = []
+    for number, (name, runs) in enumerate(found["curves"].items()):
+        xs = [_axis(found, name, seed, points, by) for seed, points in enumerate(runs)]
+        ys = [[point[figure] for point in points] for points in runs]
+        grid = np.linspace(0.0, min(max(x) for x in xs), POINTS)
+        lines = np.array([np.interp(grid, x, y) for x, y in zip(xs, ys, strict=True)])
+        colour = COLOURS[number % len(COLOURS)]
+        dashes = "-" if number < len(COLOURS) else "--"
+        axes.fill_between(grid, lines.min(0), lines.max(0), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(grid, lines.mean(0), dashes, color=colour, label=name, linewidth=1.6)
+        seen.append(lines.mean(0))
+    if figure == "loss":
+        _frame(axes, seen)
+    axes.set_xlabel("forward passes" if by == "forward_passes" else "seconds")
+    axes.set_ylabel(f"validation {figure}")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _axis(
+    found: dict[str, Any], name: str, seed: int, points: Sequence[dict[str, float]], by: str
+) -> list[float]:
+    if by == "forward_passes":
+        return [point["forward_passes"] for point in points]
+    seconds: list[float] = found["timings"]["rows"][name]["curve_seconds"][seed]
+    return [second - seconds[0] for second in seconds]
+
+
+def _frame(axes: Axes, lines: Sequence[Any]) -> None:
+    """A loss that diverges must not flatten the others: it is cut at twice the fall of the best one."""
+    start = float(np.median([line[0] for line in lines]))
+    below = start - float(np.nanmin(np.concatenate(lines)))
+    above = float(np.nanmax(np.concatenate(lines))) - start
+    if above > 2 * below > 0:
+        axes.set_ylim(start - 1.2 * below, start + 2 * below)

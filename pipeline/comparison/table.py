@@ -1,0 +1,130 @@
+"""The tables of a comparison, as rows of cells and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.comparison.results import METRIC
+
+HEAD = (
+    "",
+    "validation loss",
+    "test loss",
+    f"test {METRIC}",
+    f"{METRIC} against {{reference}}",
+    "loss against {reference}",
+    "forward passes",
+)
+COST_HEAD = (
+    "",
+    "seconds",
+    "peak memory, MiB",
+    "validation loss at {seconds} s",
+    f"validation {METRIC} at {{seconds}} s",
+)
+
+TIMED = "On this machine, one thread a run; these figures change from run to run."
+
+
+def results(found: dict[str, Any]) -> list[list[str]]:
+    """The table that is the same whenever the comparison is run, with its head."""
+    head = [cell.format(reference=found["reference"]) for cell in HEAD]
+    return [head, *(_result(row) for row in found["results"])]
+
+
+def cost(found: dict[str, Any]) -> list[list[str]]:
+    """What depends on this machine, with its head; empty where nothing ran."""
+    timings = found["timings"]
+    if not timings:
+        return []
+    head = [cell.format(seconds=f"{timings['equal_time_seconds']:,.1f}") for cell in COST_HEAD]
+    return [head, *(_cost(name, row) for name, row in timings["rows"].items())]
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What a reader must know to believe the tables."""
+    setup = found["setup"]
+    seeds = ", ".join(map(str, setup["seeds"]))
+    tuned = (
+        f"Each method's scale and rate were tuned by {setup['tuning_trials']} trials on the validation split "
+        "of another seed."
+        if setup["tuning_trials"]
+        else "Each method has its own published defaults; none was tuned for this."
+    )
+    return [
+        f"{setup['model']}, {setup['data']}, space `{setup['space']}` (AdamW: the whole model), batches of "
+        f"{setup['batch_size']} × {setup['max_length']} tokens, objective {setup['objective']}. Every method "
+        f"has {setup['forward_passes']:,} forward passes (a backward pass counts as two), the same start and "
+        f"the same order of the data for each of the seeds {seeds}; all are tested on the same examples.",
+        tuned,
+        "Mean ± standard deviation over seeds. A difference is paired, example by example and seed by seed; "
+        "in brackets its 95% interval over other test examples, which leaves out the chance of a seed.",
+    ]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Both tables and the notes."""
+    parts = ["# Comparison", *notes(found), _table(results(found))]
+    if timed := cost(found):
+        parts += ["## Cost, and equal time", TIMED, _table(timed)]
+    if found["tuned"]:
+        lines = [
+            f"- {name}: {', '.join(f'{key}={value}' for key, value in values.items())}"
+            for name, values in found["tuned"].items()
+        ]
+        parts += ["## Tuned to", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{'---|' + '---:|' * (len(rows[0]) - 1)}", *lines[1:]])
+
+
+def _result(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["name"], f"not run: {row['error']}", *[""] * (len(HEAD) - 2)]
+    cells = [row["name"], _spread(row, "validation/loss"), _spread(row, "test/loss")]
+    cells += [_spread(row, f"test/{METRIC}", percent=True)]
+    cells += [_difference(row, f"test/{METRIC}", percent=True), _difference(row, "test/loss")]
+    passes = row.get("forward_passes")
+    return [*cells, "" if passes is None else _range(passes)]
+
+
+def _cost(name: str, row: dict[str, Any]) -> list[str]:
+    return [
+        name,
+        _range(row["seconds"], 1),
+        _range(row["peak_memory_mib"]),
+        _mean(row["validation_loss_at_equal_time"], ".4f"),
+        _mean([100 * value for value in row[f"validation_{METRIC}_at_equal_time"]], ".1f") + "%",
+    ]
+
+
+def _spread(row: dict[str, Any], key: str, percent: bool = False) -> str:
+    if key not in row:
+        return ""
+    mean, deviation = row[key]["mean"], row[key]["sd"]
+    if percent:
+        return f"{100 * mean:.1f} ± {100 * deviation:.1f}%"
+    return f"{mean:.4f} ± {deviation:.4f}"
+
+
+def _difference(row: dict[str, Any], key: str, percent: bool = False) -> str:
+    found = row.get(f"{key}_difference")
+    if found is None:
+        return ""
+    mean, low, high = found["mean"], found["low"], found["high"]
+    if percent:
+        return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _range(values: Sequence[float], digits: int = 0) -> str:
+    low, high = (f"{value:,.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    return format(sum(values) / len(values), form)

@@ -1,0 +1,196 @@
+"""Comparisons: what a list means, the statistics, and a whole one: it repeats, goes on, tells of refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipeline.comparison.plan import parse_optimizers, parse_seeds
+from pipeline.comparison.statistics import paired, spread
+from pipeline.errors import UserError
+
+LARGE = "cmaes:SepCMA,population_size=200"  # a generation of it is more than the budget
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("spsa,es", ("spsa", "es", "adamw")),
+        ("spsa,directions=4,spsa", ("spsa,directions=4", "spsa", "adamw")),
+        ("adamw,learning_rate=1e-4, spsa", ("spsa", "adamw,learning_rate=1e-4")),
+        ("cmaes:SepCMA,sigma=1,population_size=8", ("cmaes:SepCMA,sigma=1,population_size=8", "adamw")),
+    ],
+)
+def test_a_list_of_specs_is_read(text: str, expected: tuple[str, ...]) -> None:
+    assert parse_optimizers(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("directions=4,spsa", "begins with the option"),
+        ("spsa,spsa", "names 'spsa' twice"),
+        ("spsa,,es", "names no backend"),
+    ],
+)
+def test_a_list_that_is_none_is_one_line(text: str, error: str) -> None:
+    with pytest.raises(UserError, match=error):
+        parse_optimizers(text)
+
+
+def test_seeds_are_a_count_or_a_list() -> None:
+    assert parse_seeds("3") == (0, 1, 2)
+    assert parse_seeds("5,0") == (5, 0)
+    for text in ("0", "a", "1,1", "-1", ""):
+        with pytest.raises(UserError, match="--seeds"):
+            parse_seeds(text)
+
+
+def test_a_paired_interval_is_scipys_bootstrap_and_repeats() -> None:
+    draw = np.random.default_rng(0)
+    theirs = (draw.random((3, 400)) < 0.7).astype(float)
+    ours = np.where(draw.random((3, 400)) < 0.1, 1.0, theirs)
+    found = paired(ours, theirs)
+    assert found == paired(ours, theirs)
+    by_example = (ours - theirs).mean(0)
+    reference = stats.bootstrap(
+        (by_example,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert found[0] == pytest.approx(by_example.mean())
+    assert found[1:] == pytest.approx((reference.low, reference.high), abs=0.003)
+    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert spread([1.0]) == (1.0, 0.0)
+
+
+def command(bert: Path, table: Path, home: Path, *more: str) -> tuple[list[str], dict[str, str]]:
+    values: dict[str, Any] = {
+        "model": bert,
+        "prepare.train": table,
+        "prepare.text": "review",
+        "prepare.label": "verdict",
+        "prepare.validation_size": 20,
+        "prepare.test_size": 30,
+        "prepare.corpus_validation_size": 10,
+        "pretrain.enabled": False,
+        "finetune.batch_size": 8,
+        "finetune.max_length": 16,
+        "finetune.evaluate_every": 48,
+        "evaluate.adamw_evaluate_every": 12,
+    }
+    assigned = [text for key, value in values.items() for text in ("-S", f"{key}={value}")]
+    line = [sys.executable, "-m", "pipeline", "compare", "--forward-passes", "96", *assigned, *more]
+    return line, {**os.environ, "PIPELINE_HOME": str(home), "PIPELINE_TRACKING": "off"}
+
+
+def run(line: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+
+
+METHODS = ["--optimizers", f"spsa,nevergrad:DE,{LARGE}", "--seeds", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(
+    bert: Path, table: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Of three methods, one of which is refused, on two seeds, by two processes."""
+    home = tmp_path_factory.mktemp("whole")
+    line, environment = command(bert, table, home, *METHODS, "--workers", "2")
+    return home / "runs" / "compare", run(line, environment)
+
+
+def test_a_whole_comparison(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = whole
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "comparison.json").read_text("utf-8"))
+    rows = {row["name"]: row for row in found["results"]}
+    yardsticks = ["majority", "zero-shot", "linear probe"]
+    assert list(rows) == [*yardsticks, "spsa", "nevergrad:DE", LARGE, "adamw"]
+    assert found["reference"] == "spsa"
+    assert "fewer than one step" in rows[LARGE]["error"]
+    assert all(passes <= 96 for name in ("spsa", "nevergrad:DE") for passes in rows[name]["forward_passes"])
+    assert len(rows["spsa"]["test/accuracy"]["seeds"]) == 2
+    assert "test/accuracy_difference" not in rows["spsa"]
+    difference = rows["nevergrad:DE"]["test/accuracy_difference"]
+    means = [rows[name]["test/accuracy"]["mean"] for name in ("nevergrad:DE", "spsa")]
+    assert difference["mean"] == pytest.approx(means[0] - means[1])
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert set(found["timings"]["rows"]) == {"spsa", "nevergrad:DE", "adamw"}
+    markdown = (folder / "comparison.md").read_text("utf-8")
+    assert "not run: " in markdown
+    assert markdown.splitlines()[0] in done.stdout
+
+
+def test_the_page_stands_alone(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    page = (whole[0] / "comparison.html").read_text("utf-8")
+    links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']+)""", page)
+    assert [url for url in links if not url.startswith("#")] == []
+    assert "@import" not in page
+    assert "url(http" not in page
+    assert page.count("<svg") == 4
+    assert page.count("<table") == 2
+
+
+def test_a_comparison_repeats_and_goes_on_after_a_kill(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], bert: Path, table: Path, tmp_path: Path
+) -> None:
+    line, environment = command(bert, table, tmp_path, *METHODS)
+    folder = tmp_path / "runs" / "compare"
+    with subprocess.Popen(
+        line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        patience = time.monotonic() + 100
+        while not list(folder.glob("*/seed-*/metrics.json")):
+            assert process.poll() is None
+            assert time.monotonic() < patience
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    other = run([*line, "--seeds", "3"], environment)
+    assert other.returncode == 2
+    assert "compares with seeds=[0, 1], now [0, 1, 2]; use another --name" in other.stderr
+    done = run([*line, "--json"], environment)
+    assert done.returncode == 0, done.stderr
+    once, again = json.loads((whole[0] / "comparison.json").read_text("utf-8")), json.loads(done.stdout)
+    for part in ("results", "curves", "reference"):
+        assert once[part] == again[part]
+
+
+def test_each_method_is_tuned_the_same_way(bert: Path, table: Path, tmp_path: Path) -> None:
+    line, environment = command(bert, table, tmp_path, "--optimizers", "spsa", "--seeds", "1", "--tune", "2")
+    done = run([*line, "--json"], environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["tuned"]) == {"spsa", "adamw"}
+    assert set(found["tuned"]["spsa"]) == {"finetune.epsilon", "finetune.learning_rate"}
+    made = tmp_path / "runs" / "compare" / "spsa"
+    trajectory = (made / "seed-0" / "models" / "finetuned" / "trajectory.jsonl").read_text("utf-8")
+    used = json.loads(trajectory.splitlines()[0])["config"]
+    assert used["finetune"]["epsilon"] == found["tuned"]["spsa"]["finetune.epsilon"]
+    assert used["seed"] == 0
+    study = json.loads((made / "tuning" / "tuned.json").read_text("utf-8"))
+    assert (study["seed"], study["trials"]) == (1, 2)
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs(bert: Path, table: Path, tmp_path: Path) -> None:
+    for options, error in (
+        (["--optimizers", "spsa,epsilom=1"], "has no option 'epsilom'"),
+        (["--optimizers", "spso"], "did you mean 'spsa'"),
+        (["--workers", "0"], "--workers must be at least 1"),
+    ):
+        line, environment = command(bert, table, tmp_path, *options)
+        done = run(line, environment)
+        assert done.returncode == 2
+        assert error in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,351 @@
+"""Tuning: what may be searched, trials that survive their process, and what finetune takes of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import config as configuration
+from pipeline import runs, tuned
+from pipeline.config import Config
+from pipeline.engine import shared
+from pipeline.errors import UserError
+from pipeline.layout import Layout
+from pipeline.replay import replay
+from pipeline.trajectory import FILE
+from pipeline.tuning.report import importance, table
+from pipeline.tuning.run import digest
+from pipeline.tuning.search import Parameter, assignments, first_guess, parse, searched, values_of
+from pipeline.tuning.study import Study
+from pipeline.tuning.trials import open_study, work
+from stages.tune import tune as stage
+
+TINY = {
+    "prepare.text": "review",
+    "prepare.label": "verdict",
+    "prepare.validation_size": 20,
+    "prepare.test_size": 20,
+    "prepare.corpus_validation_size": 10,
+    "pretrain.enabled": False,
+    "finetune.forward_passes": 48,
+    "finetune.batch_size": 8,
+    "finetune.max_length": 16,
+    "finetune.evaluate_every": 48,
+    "evaluate.baselines": False,
+    "tune.enabled": True,
+    "tune.trials": 3,
+}
+
+
+@pytest.fixture
+def config(bert: Path, table_file: Path) -> Config:
+    return configuration.updated(
+        Config(), {**TINY, "model": str(bert), "prepare.train": str(table_file)}, source="test"
+    )
+
+
+@pytest.fixture
+def table_file(table: Path) -> Path:
+    return table
+
+
+@pytest.fixture
+def base(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """Prepared data and a model that passed through."""
+    monkeypatch.setenv("PIPELINE_TRACKING", "off")
+    layout = Layout(tmp_path / "runs" / "study")
+    runs.execute(config, layout, ("prepare", "pretrain"))
+    return layout
+
+
+def with_(config: Config, **values: Any) -> Config:
+    return configuration.updated(config, {k.replace("__", "."): v for k, v in values.items()}, source="test")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rate=1e-4..1e-1", Parameter("learning_rate", 1e-4, 1e-1)),
+        ("optimizer.directions=4..64", Parameter("optimizer.directions", 4, 64, whole=True)),
+        ("batch_size=16|32", Parameter("batch_size", choices=(16, 32))),
+        ("learning_rate=0.1..10*epsilon", Parameter("learning_rate", 0.1, 10, times="epsilon")),
+        ("learning_rate=1..10*epsilon", Parameter("learning_rate", 1, 10, times="epsilon")),
+    ],
+)
+def test_a_range_is_read(text: str, expected: Parameter) -> None:
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("search", "error"),
+    [
+        (["learning_rate"], "is not NAME=LOW..HIGH"),
+        (["learning_rate=2..1"], "is not NAME=LOW..HIGH"),
+        (["learning_rate=a..b"], "is not NAME=LOW..HIGH"),
+        (["learning_rat=1..2"], "did you mean 'learning_rate'"),
+        (["sigma=1..2"], "'spsa' takes no sigma"),
+        (["optimizer.direction=1..2"], "did you mean 'directions'"),
+        (["learning_rate=1..2*epsilon"], "tied? 'epsilon'|ties 'learning_rate' to 'epsilon'"),
+        (["epsilon=1..2", "epsilon=1..3"], "names 'epsilon' twice"),
+    ],
+)
+def test_a_search_that_does_not_fit_is_one_line(search: list[str], error: str) -> None:
+    with pytest.raises(UserError, match=error) as caught:
+        searched(with_(Config(), tune__search=search))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "names"),
+    [
+        ("spsa", ["epsilon", "learning_rate"]),
+        ("spsa,epsilon=0.1", ["learning_rate"]),
+        ("es", ["sigma", "learning_rate"]),
+        ("cmaes:SepCMA", ["sigma"]),
+        ("nevergrad:DE", ["sigma"]),
+        ("adamw", ["learning_rate"]),
+    ],
+)
+def test_an_optimizer_is_searched_around_its_defaults(optimizer: str, names: list[str]) -> None:
+    chosen = with_(Config(), finetune__optimizer=optimizer)
+    found = searched(chosen)
+    assert [each.name for each in found] == names
+    guess = first_guess(chosen, found)
+    assert list(guess) == names
+    assert all(each.low < guess[each.name] < each.high for each in found)
+
+
+def test_a_value_that_was_set_is_the_first_guess() -> None:
+    chosen = with_(Config(), finetune__epsilon=0.5, finetune__learning_rate=0.25)
+    tied = with_(chosen, tune__search=["epsilon=1e-3..1", "learning_rate=1e-2..1e2*epsilon"])
+    assert first_guess(chosen, searched(chosen)) == {"epsilon": 0.5, "learning_rate": 0.25}
+    assert first_guess(tied, searched(tied)) == {"epsilon": 0.5, "learning_rate/epsilon": 0.5}
+
+
+def test_a_ratio_becomes_a_rate_and_an_option_a_part_of_its_spec() -> None:
+    chosen = with_(
+        Config(),
+        finetune__optimizer="spsa,schedule=constant",
+        tune__search=["learning_rate=0.1..10*epsilon", "epsilon=1e-3..1", "optimizer.directions=2..8"],
+    )
+    suggested = {"epsilon": 0.5, "learning_rate/epsilon": 4.0, "optimizer.directions": 3}
+    values = assignments(values_of(suggested, searched(chosen)), chosen)
+    assert values == {
+        "finetune.epsilon": 0.5,
+        "finetune.learning_rate": 2.0,
+        "finetune.optimizer": "spsa,schedule=constant,directions=3",
+    }
+
+
+def test_a_study_runs_trials_ranks_them_and_repeats(base: Layout, config: Config) -> None:
+    values = []
+    for folder in (base.tuning / "one", base.tuning / "two"):
+        ended = itertools.count()
+        open_study(config, base, folder).guess_first({"epsilon": 0.01, "learning_rate": 0.002})
+        work(config, base, folder, None, partial(next, ended))
+        study = open_study(config, base, folder)
+        assert next(ended) == len(study.ended) == 3
+        assert study.trials[0].params == {"epsilon": 0.01, "learning_rate": 0.002}
+        best = study.best
+        assert best
+        assert best.value == min(each.value for each in study.ended if each.value is not None)
+        assert table(study, "loss").splitlines()[2].startswith(f"| {best.number} |")
+        values.append([(each.params, each.value) for each in study.ended])
+    assert values[0] == values[1]
+
+
+def test_more_trials_add_to_a_study_and_accuracy_is_maximised(base: Layout, config: Config) -> None:
+    folder, by = base.tuning / "one", with_(config, tune__by="accuracy", tune__trials=2)
+    work(by, base, folder, None, lambda: None)
+    first = [each.params for each in open_study(by, base, folder).trials]
+    work(with_(by, tune__trials=4), base, folder, None, lambda: None)
+    study = open_study(by, base, folder)
+    assert [each.params for each in study.trials][:2] == first
+    assert len(study.ended) == 4
+    assert study.best
+    assert study.best.value == max(each.value or 0.0 for each in study.ended)
+
+
+def test_a_trial_has_the_weights_that_its_parameters_give_by_themselves(
+    base: Layout, config: Config, tmp_path: Path
+) -> None:
+    """Features that trials share change no bit."""
+    folder = base.tuning / "one"
+    work(config, base, folder, None, lambda: None)
+    study = open_study(config, base, folder)
+    last = study.trials[-1]
+    alone = runs.branch(base, tmp_path / "alone")
+    values = assignments(values_of(last.params, study.parameters), config)
+    plain = configuration.updated(with_(config, tune__enabled=False), values, source="test")
+    runs.execute(plain, alone, ("tune", "finetune"))
+    assert not shared._stores
+    ends = [
+        (where / FILE).read_text(encoding="utf-8").splitlines()[-1]
+        for where in (alone.finetuned, study._folder_of(last.number) / "models" / "finetuned")
+    ]
+    assert json.loads(ends[0]) == json.loads(ends[1])
+    assert "digest" in ends[0]
+    assert replay(alone, "finetune").whole
+
+
+def test_features_are_shared_inside_and_forgotten_outside(base: Layout, config: Config) -> None:
+    import torch
+
+    from pipeline import start
+
+    begin = start.begin(config, base, "finetune", None)
+    batch = begin.batch(0)
+    assert shared.store(begin.model, 8) is None
+    with shared.sharing():
+        kept = shared.store(begin.model, 8)
+        assert kept is not None
+        kept[shared.content(batch, 0)] = torch.ones(1)
+        assert shared.store(begin.model, 8) is kept
+        assert shared.store(begin.model, 4) is not kept
+        with torch.no_grad():
+            next(begin.model.encoder.parameters()).add_(1.0)
+        assert shared.store(begin.model, 8) == {}
+    assert shared.store(begin.model, 8) is None
+
+
+def test_trials_that_fail_count_and_a_study_of_nothing_else_says_why(base: Layout, config: Config) -> None:
+    from pipeline.stage import Context
+    from pipeline.tracking import Tracker
+
+    wrong = with_(config, tune__by="f1")
+    with pytest.raises(UserError, match=r"none of 3 trials came to a value; the first: tune\.by is 'f1'"):
+        stage(Context(wrong, base, Tracker(lambda message: None)))
+    folder = base.tuning / digest(wrong, base)
+    assert all(each.user_attrs["error"] for each in open_study(wrong, base, folder).ended)
+
+
+def test_a_value_that_is_not_finite_is_the_worst(tmp_path: Path) -> None:
+    study = Study(tmp_path, [Parameter("epsilon", 1e-3, 1)], name="s", direction="minimize", seed=0)
+    for value in (float("nan"), 2.0, float("-inf")):
+        with study.take(3) as taken:
+            assert taken
+            study.tell(taken, value)
+    assert study.best
+    assert study.best.value == 2.0
+    assert importance(study) == {}
+
+
+def test_only_a_dead_process_s_trial_is_taken_over(tmp_path: Path) -> None:
+    def opened() -> Study:
+        return Study(tmp_path, [Parameter("epsilon", 1e-3, 1)], name="s", direction="minimize", seed=0)
+
+    one, other = opened(), opened()
+    with one.take(2) as first:
+        assert first
+        with other.take(2) as second:
+            assert second
+            assert second.number == 1
+            with opened().take(2) as third:
+                assert third is None
+            other.tell(second, 1.0)
+    # `first` came to no end, and its lock is free
+    with other.take(2) as again:
+        assert again
+        assert (again.number, again.suggested) == (first.number, first.suggested)
+        other.tell(again, 0.5)
+    with one.take(2) as none:
+        assert none is None
+
+
+def test_what_changes_the_trials_changes_the_study(base: Layout, config: Config) -> None:
+    before = digest(config, base)
+    assert digest(with_(config, tune__trials=9, tune__workers=2), base) == before
+    assert digest(with_(config, finetune__batch_size=4), base) != before
+    assert digest(with_(config, seed=1), base) != before
+
+
+def test_finetune_takes_what_was_found(base: Layout, config: Config) -> None:
+    runs.execute(config, base, ("tune", "finetune"))
+    found = tuned.read(base.tuned)
+    header = json.loads((base.finetuned / FILE).read_text(encoding="utf-8").splitlines()[0])
+    for key, value in found["values"].items():
+        assert header["config"]["finetune"][key.removeprefix("finetune.")] == value
+    assert header["defaults"]["learning_rate"] == found["values"]["finetune.learning_rate"]
+    metrics = json.loads((base.finetuned / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["validation/loss"] == found["value"]
+    assert replay(base, "finetune").whole
+    report = next(base.tuning.glob("*/report.md")).read_text(encoding="utf-8")
+    assert "first guess" in report
+    assert (next(base.tuning.glob("*")) / "contour.png").is_file()
+
+
+def test_without_tuning_nothing_changes(base: Layout, config: Config) -> None:
+    runs.execute(with_(config, tune__enabled=False), base, ("tune",))
+    assert tuned.read(base.tuned) == {}
+    assert tuned.with_tuned(config, base) == config
+    assert not base.tuning.exists()
+
+
+def test_a_tuned_json_that_is_none_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`pipeline tune` writes one"):
+        tuned.read(tmp_path / "tuned.json")
+    (tmp_path / "tuned.json").write_text("[1")
+    with pytest.raises(UserError, match="is not what `pipeline tune` writes"):
+        tuned.read(tmp_path / "tuned.json")
+
+
+def test_a_killed_study_loses_no_trial_and_runs_none_twice(bert: Path, table: Path, tmp_path: Path) -> None:
+    values = {
+        **TINY,
+        "model": bert,
+        "prepare.train": table,
+        "finetune.forward_passes": 1600,
+        "tune.trials": 4,
+    }
+    assigned = [text for key, value in values.items() for text in ("-S", f"{key}={value}")]
+    line = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "tune",
+        "--name",
+        "study",
+        "--workers",
+        "2",
+        "--json",
+        *assigned,
+    ]
+    environment = {
+        **os.environ,
+        "PIPELINE_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "PIPELINE_TRACKING": "off",
+    }
+    trials = tmp_path / "runs" / "study" / "tuning"
+    with subprocess.Popen(
+        line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        patience = time.monotonic() + 100
+        while len(list(trials.glob("*/trials/*/models/*/trajectory.jsonl"))) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < patience
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout[done.stdout.index("{") :])["trials"] == 4
+    layout = Layout(tmp_path / "runs" / "study")
+    study = open_study(configuration.read(layout.params), layout, next(trials.glob("*")))
+    assert [each.number for each in study.ended] == [0, 1, 2, 3]
+    assert all(each.value is not None for each in study.ended)
+    for number in range(4):
+        folder = study._folder_of(number) / "models" / "finetuned"
+        assert json.loads((folder / "metrics.json").read_text("utf-8"))["forward_passes"] == 1600
+        assert (folder / FILE).read_text("utf-8").count(
+            '"optimizer"'
+        ) == 2  # one header: a name, and in config
