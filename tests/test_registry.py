@@ -78,7 +78,7 @@ def test_built_ins_of_every_kind_come_through_the_door() -> None:
     assert {"spsa", "es", "cmaes", "nevergrad", "adamw"} <= names["optimizer"]
     assert {"classification", "mlm", "clm"} <= names["task"]
     assert {"cross_entropy", "error", "squared_error", "margin"} <= names["objective"]
-    assert names["stage"] == {"prepare", "pretrain", "finetune", "evaluate"}
+    assert names["stage"] == {"prepare", "pretrain", "tune", "finetune", "evaluate"}
 
 
 @pytest.mark.parametrize(
