@@ -11,6 +11,7 @@ import typer
 import typer.core
 
 from pipeline.commands.compare import compare
+from pipeline.commands.status import status
 from pipeline.commands.tune import tune
 from pipeline.errors import UserError, guarded, unknown
 
@@ -153,6 +154,7 @@ def run(
 
 app.command()(tune)
 app.command()(compare)
+app.command()(status)
 
 
 @app.command()
@@ -258,7 +260,7 @@ def list_plugins(
     if verify:
         keys.append("error" if as_json else "verdict")
         rows = [[*row, v.error or ("" if as_json else "ok")] for row, v in zip(rows, verdicts, strict=True)]
-    _print_table(keys, rows, as_json)
+    print_table(keys, rows, as_json)
     if any(verdict.error for verdict in verdicts):
         raise typer.Exit(1)
 
@@ -282,7 +284,7 @@ def show_backend(
         name = f"{backend}:{variant.name}" if variant.name else backend
         options = variant.options if as_json else " ".join(f"{k}={v}" for k, v in variant.options.items())
         rows.append([variant.family, name, variant.note, options])
-    _print_table(["family", "optimizer", "note", "options"], rows, as_json)
+    print_table(["family", "optimizer", "note", "options"], rows, as_json)
 
 
 @plugins.command("new")
@@ -303,7 +305,7 @@ def new_plugin(
     typer.echo(f"{place}: now pip install {place} && pytest {place}")
 
 
-def _print_table(keys: list[str], rows: list[list[Any]], as_json: bool) -> None:
+def print_table(keys: list[str], rows: list[list[Any]], as_json: bool) -> None:
     """Rows under their keys, for a person or as JSON; empty last columns are left out."""
     if as_json:
         typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))

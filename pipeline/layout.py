@@ -14,6 +14,20 @@ class Layout:
     root: Path
 
     @property
+    def name(self) -> str:
+        """What the run is called: short, and like no other run of the project."""
+        root, runs = self.root.resolve(), project_root() / "runs"
+        parts = root.relative_to(runs).parts if root.is_relative_to(runs) else (root.name,)
+        if self.is_trial:  # runs/STUDY/tuning/DIGEST/trials/trial-003
+            parts = (*parts[:-4], parts[-1])
+        return "/".join(parts)
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether it is one of a study's."""
+        return self.root.parent.name == "trials"
+
+    @property
     def prepared(self) -> Path:
         """``task/`` and ``corpus/`` (saved datasets), ``card.json`` and ``card.md``."""
         return self.root / "data" / "prepared"
@@ -46,6 +60,16 @@ class Layout:
             "tune": [self.tuned],
             "finetune": [self.finetuned, partial(self.finetuned), self.plots / "finetune.csv"],
             "evaluate": [self.metrics, self.report, self.predictions, *sorted(self.plots.glob("*.png"))],
+        }[stage]
+
+    def last_written(self, stage: str) -> Path:
+        """The file that says ``stage`` is done."""
+        return {
+            "prepare": self.prepared / "card.json",
+            "pretrain": self.pretrained / "metrics.json",
+            "tune": self.tuned,
+            "finetune": self.finetuned / "metrics.json",
+            "evaluate": self.report,
         }[stage]
 
     @property

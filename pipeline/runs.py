@@ -106,16 +106,9 @@ def unfinished(layout: Layout) -> tuple[Config, tuple[str, ...]]:
 
 def first_unfinished(layout: Layout, config: Config) -> str | None:
     """The first stage that has not written all it writes; None where all have."""
-    last_written = {
-        "prepare": layout.prepared / "card.json",
-        "pretrain": layout.pretrained / "metrics.json",
-        "tune": layout.tuned,
-        "finetune": layout.finetuned / "metrics.json",
-        "evaluate": layout.report,
-    }
     for stage in ORDER:
         skipped = stage == "finetune" and config.prepare.task == "none"
-        if not last_written[stage].is_file() and not skipped:
+        if not layout.last_written(stage).is_file() and not skipped:
             return stage
     return None
 

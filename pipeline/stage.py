@@ -89,11 +89,13 @@ def run(
     Raises:
         UserError: the stage is not installed, or says what is wrong.
     """
-    from pipeline.tracking import track
+    from pipeline.tracking import ledger, track
 
     stage: Stage = load("stage", name)
     with track(name, config, layout, parent=parent, resume=resume) as tracker:
-        return stage(Context(config, layout, tracker, resume))
+        figures = stage(Context(config, layout, tracker, resume))
+    ledger.made(layout, name)
+    return figures
 
 
 def script(name: str) -> None:

@@ -30,19 +30,24 @@ VIEW = "pipeline"
 PORTS_TRIED = 50
 # An import of mlflow twice over and a fresh database, on a busy machine.
 START_SECONDS = 120.0
-FINISHED = "tags.stage = 'evaluate'"
+BOARD = "tags.leaderboard = 'true'"
 # What the table shows, in this order, with its width in pixels.
 COLUMNS = {
     "params.`finetune.optimizer`": 160,
     "params.`finetune.space`": 90,
+    "params.`finetune.epsilon`": 90,
+    "params.`finetune.sigma`": 90,
+    "params.`finetune.learning_rate`": 110,
+    "metrics.`forward_passes`": 120,
+    "metrics.`validation/loss`": 120,
     "metrics.`test/accuracy`": 115,
     "metrics.`test/accuracy_low`": 145,
     "metrics.`test/accuracy_high`": 150,
     "metrics.`zero_shot/accuracy`": 145,
     "metrics.`linear_probe/accuracy`": 160,
     "metrics.`adamw/accuracy`": 130,
-    "metrics.`forward_passes`": 120,
     "metrics.`seconds`": 85,
+    "metrics.`peak_memory_mib`": 130,
 }
 FIXED = {"attributes.`Run Name`": 190, "runDateAndNestInfo": 125}
 
@@ -159,8 +164,8 @@ def _runs_table(address: str) -> str:
     some = _call(address, "runs/search", experiment_ids=[experiment], max_results=1)
     if not some.get("runs"):
         print("no runs yet: `dvc repro` or `pipeline run` makes one", flush=True)
-    done = _call(address, "runs/search", experiment_ids=[experiment], max_results=1, filter=FINISHED)
-    view = json.dumps(view_state(FINISHED if done.get("runs") else ""))
+    done = _call(address, "runs/search", experiment_ids=[experiment], max_results=1, filter=BOARD)
+    view = json.dumps(view_state(BOARD if done.get("runs") else ""))
     for key, value in ((f"mlflow.sharedViewState.{VIEW}", view), KIND):
         _call(address, "experiments/set-experiment-tag", experiment_id=experiment, key=key, value=value)
     # the workflow type takes the pages for chat traces out of the sidebar

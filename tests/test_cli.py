@@ -18,6 +18,7 @@ from filelock import FileLock
 from pipeline import config
 from pipeline.cli import app, main
 from pipeline.errors import UserError, guarded
+from pipeline.stage import ORDER
 from tests.conftest import sentences
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,11 @@ def test_a_run_on_a_users_file_from_start_to_replay(
     for file in ("report.md", "params.yaml", "plots/accuracy.png", "data/prepared/card.md"):
         assert (run / file).is_file()
 
+    status = pipeline("status", "mine", home=tmp_path)
+    assert status.returncode == 0, status.stderr
+    assert [line.split()[:3] for line in status.stdout.splitlines()[1:]] == [
+        ["mine", stage, "done"] for stage in ORDER
+    ]
     replayed = pipeline("replay", "mine", home=tmp_path)
     assert replayed.returncode == 0, replayed.stderr
     assert replayed.stdout.count("identical") == 2

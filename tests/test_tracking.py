@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config import Config, TuneConfig
 from pipeline.layout import Layout
-from pipeline.tracking import Tracker, track
+from pipeline.tracking import Tracker, ledger, track
 from pipeline.tracking import tracker as tracker_module
+from pipeline.tracking.store import mlruns
+
+TUNING = Config(tune=TuneConfig(enabled=True))
 
 
 @pytest.fixture
@@ -106,9 +109,48 @@ def test_an_error_passes_through_and_is_noted(home: Path, error: BaseException, 
     assert noted == ([("ValueError: a bad day",)] if status == "FAILED" else [])
 
 
+def test_a_part_names_its_whole_from_another_process_too(home: Path) -> None:
+    study = Layout(home / "runs" / "study")
+    part = "import sys\nfrom pathlib import Path\nfrom pipeline.config import Config\n"
+    part += "from pipeline.layout import Layout\nfrom pipeline.tracking import track\n"
+    part += "with track('finetune', Config(), Layout(Path(sys.argv[1])), parent=sys.argv[2]): pass\n"
+    with track("tune", TUNING, study) as whole:
+        assert whole.id
+        trial = study.tuning / "0123456789ab" / "trials" / "trial-007"
+        subprocess.run([sys.executable, "-c", part, str(trial), whole.id], check=True)
+        with track("finetune", Config(), Layout(home / "runs" / "other"), parent=whole.id):
+            pass
+    above = dict(
+        rows(home, "select name, value from runs join tags using (run_uuid) where key = 'mlflow.parentRunId'")
+    )
+    [(identity,)] = rows(home, "select run_uuid from runs where name = 'study/tune'")
+    assert above == {"study/trial-007/finetune": identity, "other/finetune": identity}
+    board = rows(home, "select name from runs join tags using (run_uuid) where key = 'leaderboard'")
+    assert sorted(board) == [("study/trial-007/finetune",), ("study/tune",)]
+
+
+def test_a_run_that_goes_on_is_the_run_it_was(home: Path) -> None:
+    layout = Layout(home / "runs" / "one")
+
+    def cut_off() -> None:
+        with track("pretrain", Config(), layout) as tracker:
+            tracker.metrics({"loss": 2.0}, 1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
+    with track("pretrain", Config(), layout, resume=True) as tracker:
+        tracker.metrics({"loss": 1.0}, 2)
+    assert rows(home, "select name, status from runs") == [("one/pretrain", "FINISHED")]
+    assert sorted(rows(home, "select step, value from metrics")) == [(1, 2.0), (2, 1.0)]
+    with track("pretrain", Config(), layout):
+        pass
+    assert len(rows(home, "select name from runs")) == 2
+
+
 SCRIPT = """
 import os, pathlib, signal, sys
-from pipeline.config import Config
+from pipeline.config import Config, TuneConfig
 from pipeline.layout import Layout
 from pipeline.tracking import track
 with track("finetune", Config(), Layout(pathlib.Path(sys.argv[1]))) as tracker:
@@ -189,3 +231,37 @@ def test_metrics_are_sent_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     tracker.flush()
     assert len(sent) == 1
+
+
+def test_what_lies_there_names_the_run_that_made_it(home: Path) -> None:
+    """Also where DVC has put back what an earlier run made."""
+    layout = Layout(home / "runs" / "one")
+    for content in ("first", "second"):
+        with track("tune", TUNING, layout):
+            layout.tuned.write_text(content)
+        ledger.made(layout, "tune")
+    first, second = (
+        json.loads(line)["run"] for line in (home / "mlruns/made.jsonl").read_text().splitlines()
+    )
+    assert first != second
+    for content, run in (("second", second), ("first", first)):
+        layout.tuned.write_text(content)
+        found = ledger.maker(layout, "tune")
+        assert found
+        assert (found["run"], found["name"]) == (run, "one/tune")
+    layout.tuned.write_text("by hand")
+    assert ledger.maker(layout, "tune") is None
+    assert ledger.maker(layout, "finetune") is None
+
+
+def test_experiments_that_dvc_runs_elsewhere_are_noted_in_the_project(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_HOME", str(home / ".dvc" / "tmp" / "exps" / "standalone" / "tmpabc"))
+    assert mlruns() == home / "mlruns"
+
+
+def test_a_search_that_is_switched_off_is_no_run(home: Path) -> None:
+    with track("tune", Config(), Layout(home / "runs" / "one")) as tracker:
+        assert tracker.id is None
+    assert not (home / "mlruns").exists()

@@ -27,8 +27,16 @@ def store_uri() -> str:
 
 
 def mlruns() -> Path:
-    """The folder of the project's own store; its artifacts are under ``artifacts``."""
-    return project_root() / "mlruns"
+    """The folder of the project's own store; its artifacts are under ``artifacts``.
+
+    DVC runs queued and temporary experiments in copies of the project, under its ``.dvc/tmp/exps``: what
+    they note belongs to the project.
+    """
+    root = project_root()
+    for folder in (root, *root.parents):
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[2] / "mlruns"
+    return root / "mlruns"
 
 
 def milliseconds() -> int:

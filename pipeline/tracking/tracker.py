@@ -24,6 +24,7 @@ from pipeline.tracking.process import ScribeProcess, the_scribe
 from pipeline.tracking.store import milliseconds, mlruns, store_uri
 
 FLUSH_SECONDS = 10.0
+LEADERBOARD = ("evaluate", "tune", "compare")  # what a person looks for; and a study's trials
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -86,9 +87,9 @@ def track(
     the run that was cut off, which goes on.
 
     ``PIPELINE_TRACKING=off``, or no mlflow installed: a tracker that does nothing. A store that cannot be
-    reached costs one line on stderr.
+    reached costs one line on stderr. A search that is switched off is no run.
     """
-    scribe = the_scribe()
+    scribe = the_scribe() if stage != "tune" or config.tune.enabled else None
     if scribe is None:
         yield Tracker(lambda message: None)
         return
@@ -124,13 +125,16 @@ def _start(
 ) -> None:
     commit = _commit()
     own = layout.root.resolve() != project_root()
-    name = layout.root.name if own else "-".join(["repro", *([commit[:7]] if commit else [])])
+    name = layout.name if own else "-".join(["repro", *([commit[:7]] if commit else [])])
     message: dict[str, Any] = {"do": "start", "run": run, "uri": store_uri(), "name": f"{name}/{stage}"}
     message |= {"at": milliseconds(), **more}
     ledger.note(layout, stage, {"run": run, "at": message["at"], "commit": commit, "store": message["uri"]})
     if message["uri"].startswith("sqlite:"):
         message["artifacts"] = (mlruns() / "artifacts").as_uri()
-    scribe.send({**message, "tags": _tags(stage, config, commit)})
+    tags = _tags(stage, config, commit)
+    if stage in LEADERBOARD or layout.is_trial:
+        tags["leaderboard"] = "true"
+    scribe.send({**message, "tags": tags})
     if not more["again"]:  # MLflow refuses a second value of a parameter
         tracker.params(_params(stage, config))
     if stage != "prepare":
@@ -138,9 +142,12 @@ def _start(
 
 
 def _params(stage: str, config: Config) -> dict[str, Any]:
-    """What the stage reads: its section and what stands above all sections; evaluate reads everything."""
-    others = set(SECTIONS) - {stage} if stage != "evaluate" else set()
-    return {key: value for key, value in config.flat().items() if key.split(".")[0] not in others}
+    """What the stage reads: its section and what stands above all; of what is looked for, everything."""
+    others = set() if stage in LEADERBOARD else set(SECTIONS) - {stage}
+    values = {key: value for key, value in config.flat().items() if key.split(".")[0] not in others}
+    if stage == "compare":
+        del values["finetune.optimizer"]  # it has several
+    return values
 
 
 def _tags(stage: str, config: Config, commit: str) -> dict[str, str]:
@@ -155,7 +162,7 @@ def _tags(stage: str, config: Config, commit: str) -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "mlflow.user": _user(),
     }
-    if stage != "prepare":
+    if stage not in ("prepare", "compare"):
         training = config.pretrain if stage == "pretrain" else config.finetune
         tags.update(optimizer=training.optimizer, space=training.space)
     if commit:

@@ -52,14 +52,20 @@ def work(config: Config, base: Layout, folder: Path, parent: str | None, on_end:
 
 
 def _one_more(study: Study, config: Config, base: Layout, parent: str | None) -> bool:
-    """Runs a trial to its end; whether there was one."""
+    """Runs a trial to its end; whether there was one.
+
+    Raises:
+        UserError: the task does not measure what trials are ranked by.
+    """
     with study.take(config.tune.trials) as taken:
         if taken is None:
             return False
         try:
-            study.tell(taken, _value(_run(config, study, base, taken, parent), config.tune.by))
+            metrics = _run(config, study, base, taken, parent)
         except UserError as error:
             study.fail(taken, str(error))
+        else:
+            study.tell(taken, _value(metrics, config.tune.by))
     return True
 
 

@@ -1,0 +1,71 @@
+"""``pipeline status``: what is done, what is not, and which tracked run made it."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.layout import Layout
+
+KEYS = ("run", "stage", "state", "made", "commit", "tracked as")
+
+
+def status(
+    run: Annotated[
+        str | None, typer.Argument(help="A run's name or folder; else the project's and all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which results come from which run: also of a stage that DVC took from its cache.
+
+    \b
+    pipeline status
+    pipeline status spsa-1
+    """
+    from pipeline import runs
+    from pipeline.cli import print_table
+    from pipeline.layout import Layout, project_root
+
+    if run is not None:
+        layouts = [runs.find(run)]
+    else:
+        folders = sorted((project_root() / "runs").glob("*/params.yaml"))
+        layouts = [Layout(project_root()), *(Layout(path.parent) for path in folders)]
+    rows = [row for layout in layouts for row in _rows(layout)]
+    if as_json:
+        typer.echo(json.dumps([dict(zip(KEYS, row, strict=True)) for row in rows], indent=2))
+    else:
+        print_table([*KEYS], rows, as_json=False)
+
+
+def _rows(layout: Layout) -> list[list[Any]]:
+    from pipeline.layout import project_root
+    from pipeline.stage import ORDER
+    from pipeline.tracking import ledger
+
+    name = "." if layout.root.resolve() == project_root() else layout.name
+    rows = []
+    for stage in ORDER:
+        by = ledger.maker(layout, stage)
+        made = datetime.fromtimestamp(by["at"] / 1000).isoformat(" ", "seconds") if by else ""
+        commit = by["commit"][:7] if by else ""
+        rows.append([name, stage, _state(layout, stage), made, commit, by["name"] if by else ""])
+    return rows
+
+
+def _state(layout: Layout, stage: str) -> str:
+    from filelock import FileLock, Timeout
+
+    if layout.last_written(stage).is_file():
+        return "done"
+    if not any(path.exists() for path in layout.outputs(stage)):
+        return "not yet"
+    try:
+        with FileLock(layout.root / ".lock", timeout=0):
+            return "cut off"
+    except Timeout:
+        return "at work"
