@@ -11,6 +11,7 @@ import typer
 import typer.core
 
 from pipeline.commands.compare import compare
+from pipeline.commands.options import ConfigFile, Model, Seed, Set
 from pipeline.commands.status import status
 from pipeline.commands.tune import tune
 from pipeline.errors import UserError, guarded, unknown
@@ -26,11 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Set a parameter; may be repeated."),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -68,9 +64,7 @@ def run(
     optimizer: Annotated[
         str | None, typer.Option(metavar="SPEC", help="backend[:Name][,key=value…] for the finetune stage.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR|ID", help="Model directory, hub id or package:NAME.")
-    ] = None,
+    model: Model = None,
     task: Annotated[str | None, typer.Option(help="classification, or none to pretrain only.")] = None,
     train: Annotated[
         str | None, typer.Option(metavar="FILE", help="Labelled text: CSV, TSV, JSONL, Parquet, …")
@@ -87,12 +81,12 @@ def run(
     label: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The column that holds the label.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters; else params.yaml.")] = None,
+    config: ConfigFile = None,
     set_: Set = None,
     forward_passes: Annotated[
         int | None, typer.Option(metavar="N", help="Budget of the finetune stage.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The experiment's seed.")] = None,
+    seed: Seed = None,
     first: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="First stage; needs --name.")
     ] = None,

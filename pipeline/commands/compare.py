@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pipeline.commands.options import ConfigFile, Model, Set
 from pipeline.errors import UserError
 
 
@@ -21,14 +21,9 @@ def compare(
         int, typer.Option(metavar="N", help="Trials that tune each before; 0 takes the defaults.")
     ] = 0,
     workers: Annotated[int, typer.Option(metavar="N", help="Runs at once, of one thread each.")] = 1,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR|ID", help="Model directory, hub id or package:NAME.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters; else params.yaml.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Set a parameter; may be repeated."),
-    ] = None,
+    model: Model = None,
+    config: ConfigFile = None,
+    set_: Set = None,
     forward_passes: Annotated[int | None, typer.Option(metavar="N", help="Budget of every run.")] = None,
     name: Annotated[str, typer.Option(help="The comparison's folder under runs/.")] = "compare",
     as_json: Annotated[bool, typer.Option("--json", help="Print comparison.json at the end.")] = False,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pipeline.commands.options import ConfigFile, Model, Seed, Set
 from pipeline.errors import UserError
 
 
@@ -27,16 +27,11 @@ def tune(
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Optuna's database; else a journal file.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR|ID", help="Model directory, hub id or package:NAME.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters; else params.yaml.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Set a parameter; may be repeated."),
-    ] = None,
+    model: Model = None,
+    config: ConfigFile = None,
+    set_: Set = None,
     forward_passes: Annotated[int | None, typer.Option(metavar="N", help="Budget of each trial.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The experiment's seed.")] = None,
+    seed: Seed = None,
     name: Annotated[str | None, typer.Option(help="The study's folder under runs/.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print tuned.json at the end.")] = False,
 ) -> None:
