@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+DVC_EXPERIMENT = "DVC_EXP_NAME"  # what DVC tells the stages of an experiment
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -15,8 +17,13 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """What the run is called: short, and like no other run of the project."""
+        """What the run is called: short, and like no other run of the project.
+
+        ``dvc repro`` is ``repro``; an experiment of DVC's has its own name.
+        """
         root, runs = self.root.resolve(), project_root() / "runs"
+        if root == project_root():
+            return os.environ.get(DVC_EXPERIMENT) or "repro"
         parts = root.relative_to(runs).parts if root.is_relative_to(runs) else (root.name,)
         if self.is_trial:  # runs/STUDY/tuning/DIGEST/trials/trial-003
             parts = (*parts[:-4], parts[-1])

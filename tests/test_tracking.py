@@ -257,8 +257,14 @@ def test_what_lies_there_names_the_run_that_made_it(home: Path) -> None:
 def test_experiments_that_dvc_runs_elsewhere_are_noted_in_the_project(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PIPELINE_HOME", str(home / ".dvc" / "tmp" / "exps" / "standalone" / "tmpabc"))
+    copy = home / ".dvc" / "tmp" / "exps" / "standalone" / "tmpabc"
+    monkeypatch.setenv("PIPELINE_HOME", str(copy))
+    monkeypatch.setenv("DVC_EXP_NAME", "curly-finn")
     assert mlruns() == home / "mlruns"
+    with track("evaluate", Config(), Layout(copy)):
+        pass
+    assert rows(home, "select name from runs") == [("curly-finn/evaluate",)]
+    assert rows(home, "select value from tags where key = 'dvc.experiment'") == [("curly-finn",)]
 
 
 def test_a_search_that_is_switched_off_is_no_run(home: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import SECTIONS, Config
-from pipeline.layout import Layout, project_root
+from pipeline.layout import DVC_EXPERIMENT, Layout, project_root
 from pipeline.tracking import ledger
 from pipeline.tracking.process import ScribeProcess, the_scribe
 from pipeline.tracking.store import milliseconds, mlruns, store_uri
@@ -124,8 +124,7 @@ def _start(
     more: dict[str, Any],
 ) -> None:
     commit = _commit()
-    own = layout.root.resolve() != project_root()
-    name = layout.name if own else "-".join(["repro", *([commit[:7]] if commit else [])])
+    name = f"repro-{commit[:7]}" if layout.name == "repro" and commit else layout.name
     message: dict[str, Any] = {"do": "start", "run": run, "uri": store_uri(), "name": f"{name}/{stage}"}
     message |= {"at": milliseconds(), **more}
     ledger.note(layout, stage, {"run": run, "at": message["at"], "commit": commit, "store": message["uri"]})
@@ -160,6 +159,7 @@ def _tags(stage: str, config: Config, commit: str) -> dict[str, str]:
         "transformers": metadata.version("transformers"),
         "mlflow.source.name": f"stages/{stage}.py",
         "mlflow.source.type": "LOCAL",
+        **({"dvc.experiment": experiment} if (experiment := os.environ.get(DVC_EXPERIMENT)) else {}),
         "mlflow.user": _user(),
     }
     if stage not in ("prepare", "compare"):
