@@ -11,14 +11,14 @@ from plugins.seeded.base import SeededOptimizer, Settings
 class TwoPoint(SeededOptimizer):
     """cᵢ = (L(θ + εzᵢ) − L(θ − εzᵢ)) / 2ε, the central difference; 2n forward passes a step."""
 
-    # head: found on the validation split, see docs/log.md; the others are first guesses
+    # head and prompt: found on the validation split, see docs/defaults.md; the others are first guesses
     DEFAULTS: ClassVar = {
         "head": Settings(1e-2, 2e-3, 8),
         "biases": Settings(1e-2, 1e-3, 4),
         "lora": Settings(1e-2, 1e-3, 4),
         "full": Settings(1e-3, 1e-5, 1),
         "projection": Settings(1e-1, 1e-1, 4),
-        "prompt": Settings(3e-1, 3.0, 4),
+        "prompt": Settings(3e-1, 30.0, 4),
     }
 
     @property
