@@ -229,6 +229,8 @@ def test_without_a_task_every_output_that_dvc_expects_is_there(bert: Path, tmp_p
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "runs" / "mine" / "metrics.json").read_text())
     assert all(key.startswith("pretrain/") for key in metrics)
+    states = json.loads(pipeline("status", "mine", "--json", home=tmp_path).stdout)
+    assert [row["state"] for row in states] == ["done", "done", "done", "no task", "done"]
     for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values():
         for out in [*stage["outs"], *stage.get("plots", []), *stage.get("metrics", [])]:
             assert (tmp_path / "runs" / "mine" / (out if isinstance(out, str) else next(iter(out)))).exists()

@@ -58,14 +58,24 @@ def _rows(layout: Layout) -> list[list[Any]]:
 
 
 def _state(layout: Layout, stage: str) -> str:
-    from filelock import FileLock, Timeout
-
+    """Where the stage stands. Of ``dvc repro`` at work nothing is known: it reads as cut off."""
     if layout.last_written(stage).is_file():
         return "done"
+    if stage == "finetune" and layout.last_written("evaluate").is_file():
+        return "no task"
     if not any(path.exists() for path in layout.outputs(stage)):
         return "not yet"
+    return "at work" if _locked(layout) else "cut off"
+
+
+def _locked(layout: Layout) -> bool:
+    from filelock import FileLock, Timeout
+
+    lock = layout.root / ".lock"
+    if not lock.is_file():
+        return False
     try:
-        with FileLock(layout.root / ".lock", timeout=0):
-            return "cut off"
+        with FileLock(lock, timeout=0):
+            return False
     except Timeout:
-        return "at work"
+        return True

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # What one call of log_batch takes (mlflow.utils.validation).
 METRICS_A_CALL, PARAMS_A_CALL, TAGS_A_CALL = 1000, 100, 100
 LOCK_SECONDS = 60.0
-PARENT_SECONDS = 60.0  # a fresh database and an import of mlflow take under 20 s on 2 cores
+PARENT_SECONDS = 30.0  # well under what the end of a run waits for its scribe
 RUN = "pipeline.run"  # the tag that holds what a run is called here
 
 
