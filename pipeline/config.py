@@ -170,7 +170,10 @@ class Config:
         return out
 
 
-def with_yardstick(config: Config, optimizer: str = "adamw") -> Config:
+YARDSTICK = "adamw"  # by backpropagation
+
+
+def with_yardstick(config: Config, optimizer: str = YARDSTICK) -> Config:
     """``config`` with AdamW through the whole model: the same data order and budget, by backpropagation."""
     options = config.evaluate
     finetune = dataclasses.replace(

@@ -12,9 +12,10 @@ from pathlib import Path
 import yaml
 
 from pipeline import config as configuration
-from pipeline.config import Config
+from pipeline.config import YARDSTICK, Config
 from pipeline.errors import UserError, unknown
 from pipeline.layout import Layout, project_root
+from pipeline.registry import Spec
 from pipeline.stage import ORDER, run
 
 
@@ -111,6 +112,11 @@ def first_unfinished(layout: Layout, config: Config) -> str | None:
         if not layout.last_written(stage).is_file() and not skipped:
             return stage
     return None
+
+
+def goes_on(layout: Layout, config: Config) -> bool:
+    """Whether a run that was begun there can go on; AdamW's, whose gradients leave no record, begins anew."""
+    return layout.params.is_file() and Spec.parse(config.finetune.optimizer).backend != YARDSTICK
 
 
 def execute(

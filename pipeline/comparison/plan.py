@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as configuration
-from pipeline.config import Config, TuneConfig
+from pipeline.config import YARDSTICK, Config, TuneConfig
 from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.registry import Spec
 from pipeline.runs import slug
 from pipeline.tuned import applied
 
-YARDSTICK = "adamw"
 FILE = "plan.json"
 
 

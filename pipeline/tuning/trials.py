@@ -118,7 +118,7 @@ def _run(config: Config, study: Study, base: Layout, taken: Taken, parent: str |
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):
-            runs.execute(plain, layout, ("finetune",), resume=layout.params.is_file(), parent=parent)
+            runs.execute(plain, layout, ("finetune",), resume=runs.goes_on(layout, plain), parent=parent)
     _leave_out_weights(layout)
     return read_metrics(done)
 
