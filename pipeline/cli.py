@@ -13,6 +13,7 @@ import typer.core
 from pipeline.commands.compare import compare
 from pipeline.commands.options import ConfigFile, Model, Seed, Set
 from pipeline.commands.status import status
+from pipeline.commands.sync import sync
 from pipeline.commands.tune import tune
 from pipeline.errors import UserError, guarded, unknown
 
@@ -149,6 +150,7 @@ def run(
 app.command()(tune)
 app.command()(compare)
 app.command()(status)
+app.command()(sync)
 
 
 @app.command()

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.config import Config, TuneConfig
 from pipeline.layout import Layout
-from pipeline.tracking import Tracker, ledger, track
+from pipeline.tracking import Tracker, ledger, spool, track
 from pipeline.tracking import tracker as tracker_module
 from pipeline.tracking.store import mlruns
 
@@ -191,7 +191,9 @@ def test_a_broken_store_costs_one_line(
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith("tracking: MLflow: ")
+    assert "pipeline sync" in err
     assert err.count("\n") == 1
+    assert len(spool.waiting(spool.folder())) == 2
 
 
 def test_a_missing_artifact_costs_one_line(home: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ def status(
     from pipeline import runs
     from pipeline.cli import print_table
     from pipeline.layout import Layout, project_root
+    from pipeline.tracking import spool
 
     if run is not None:
         layouts = [runs.find(run)]
@@ -40,6 +41,8 @@ def status(
         typer.echo(json.dumps([dict(zip(KEYS, row, strict=True)) for row in rows], indent=2))
     else:
         print_table([*KEYS], rows, as_json=False)
+        if unsent := len(spool.waiting(spool.folder())):
+            typer.echo(f"\n{unsent} runs are not in MLflow yet: pipeline sync")
 
 
 def _rows(layout: Layout) -> list[list[Any]]:

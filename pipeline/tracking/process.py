@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from pipeline.tracking.store import QUIET, milliseconds
+from pipeline.tracking.store import PATIENCE, QUIET, milliseconds
 
 # How long the end of a run waits for the scribe: an import and a fresh database take under 20 s on 2 cores.
 PATIENCE_SECONDS = 60.0
@@ -31,7 +31,7 @@ class ScribeProcess:
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
-            env={**_patience(), **os.environ, **QUIET},
+            env={**PATIENCE, **os.environ, **QUIET},
             start_new_session=True,
         )
         self._ended: queue.Queue[str] = queue.Queue()
@@ -94,11 +94,6 @@ def the_scribe() -> ScribeProcess | None:
     if _scribe is None or not _scribe.alive:
         _scribe = ScribeProcess()
     return _scribe
-
-
-def _patience() -> dict[str, str]:
-    """mlflow retries a server for minutes; a user's own setting wins."""
-    return {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 def _warn(text: str) -> None:

@@ -20,6 +20,9 @@ QUIET = {
 }
 """Environment for a process that imports mlflow: nothing is sent to its makers, nothing is chatted."""
 
+# mlflow retries a server for minutes; a user's own setting wins
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
 
 def store_uri() -> str:
     """Where runs are noted: ``MLFLOW_TRACKING_URI`` if set, else ``mlruns/mlflow.db`` of the project."""

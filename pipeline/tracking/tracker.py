@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.config import SECTIONS, Config
 from pipeline.layout import DVC_EXPERIMENT, Layout, project_root
-from pipeline.tracking import ledger
+from pipeline.tracking import ledger, spool
 from pipeline.tracking.process import ScribeProcess, the_scribe
 from pipeline.tracking.store import milliseconds, mlruns, store_uri
 
@@ -96,7 +96,7 @@ def track(
     before = ledger.noted(layout).get(stage, {}).get("run") if resume else None
     run = before or uuid.uuid4().hex
     tracker = Tracker(lambda message: scribe.send({"run": run, **message}), run)
-    _start(tracker, scribe, run, stage, config, layout, {"parent": parent, "again": before is not None})
+    _start(tracker, scribe, run, stage, config, layout, parent, again=before is not None)
     status = "FINISHED"
     try:
         yield tracker
@@ -121,12 +121,14 @@ def _start(
     stage: str,
     config: Config,
     layout: Layout,
-    more: dict[str, Any],
+    parent: str | None,
+    *,
+    again: bool,
 ) -> None:
     commit = _commit()
     name = f"repro-{commit[:7]}" if layout.name == "repro" and commit else layout.name
     message: dict[str, Any] = {"do": "start", "run": run, "uri": store_uri(), "name": f"{name}/{stage}"}
-    message |= {"at": milliseconds(), **more}
+    message |= {"at": milliseconds(), "parent": parent, "unsent": str(spool.folder())}
     ledger.note(layout, stage, {"run": run, "at": message["at"], "commit": commit, "store": message["uri"]})
     if message["uri"].startswith("sqlite:"):
         message["artifacts"] = (mlruns() / "artifacts").as_uri()
@@ -134,7 +136,7 @@ def _start(
     if stage in LEADERBOARD or layout.is_trial:
         tags["leaderboard"] = "true"
     scribe.send({**message, "tags": tags})
-    if not more["again"]:  # MLflow refuses a second value of a parameter
+    if not again:  # MLflow refuses a second value of a parameter
         tracker.params(_params(stage, config))
     if stage != "prepare":
         _note_data(tracker, layout)
