@@ -189,7 +189,7 @@ def test_a_trial_has_the_weights_that_its_parameters_give_by_themselves(
     values = assignments(values_of(last.params, study.parameters), config)
     plain = configuration.updated(with_(config, tune__enabled=False), values, source="test")
     runs.execute(plain, alone, ("tune", "finetune"))
-    assert not shared._stores
+    assert shared._shared is None
     ends = [
         (where / FILE).read_text(encoding="utf-8").splitlines()[-1]
         for where in (alone.finetuned, study._folder_of(last.number) / "models" / "finetuned")
@@ -210,13 +210,36 @@ def test_features_are_shared_inside_and_forgotten_outside(base: Layout, config: 
     with shared.sharing():
         kept = shared.store(begin.model, 8)
         assert kept is not None
-        kept[shared.content(batch, 0)] = torch.ones(1)
+        kept[shared.content(batch, [0])] = torch.ones(1)
         assert shared.store(begin.model, 8) is kept
         assert shared.store(begin.model, 4) is not kept
         with torch.no_grad():
             next(begin.model.encoder.parameters()).add_(1.0)
         assert shared.store(begin.model, 8) == {}
     assert shared.store(begin.model, 8) is None
+
+
+def test_features_are_left_for_other_processes(base: Layout, config: Config, tmp_path: Path) -> None:
+    import torch
+
+    from pipeline import start
+
+    begin = start.begin(config, base, "finetune", None)
+    for _ in range(2):  # the second entry stands for another process
+        with shared.sharing(tmp_path / "features"):
+            kept = shared.store(begin.model, 8)
+            assert kept is not None
+            assert len(kept) == (1 if list(tmp_path.glob("features/*")) else 0)
+            kept["a"] = torch.arange(3.0)
+            shared.save()
+    [path] = (tmp_path / "features").iterdir()
+    assert path.suffix == ".safetensors"
+    with shared.sharing(tmp_path / "features"):
+        found = shared.store(begin.model, 8)
+        assert found is not None
+        assert torch.equal(found["a"], torch.arange(3.0))
+        assert shared.once("key", lambda: 1) == shared.once("key", lambda: 2) == 1
+    assert shared.once("key", lambda: 3) == 3
 
 
 def test_trials_that_fail_count_and_a_study_of_nothing_else_says_why(base: Layout, config: Config) -> None:
@@ -368,7 +391,7 @@ def test_a_killed_study_loses_no_trial_and_runs_none_twice(bert: Path, table: Pa
             assert process.poll() is None
             assert time.monotonic() < patience
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)  # its workers end by themselves
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout[done.stdout.index("{") :])["trials"] == 4

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,6 +14,7 @@ from pipeline.comparison.plan import Plan
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout
+from pipeline.processes import context, end_with_parent, threads_of_each
 
 LOG, ERROR = "log.txt", "error.txt"
 Say = Callable[[str], None]
@@ -98,19 +97,14 @@ def _run(
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes of one thread each: more threads would give other bits."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise UserError("a process of the comparison ended early; the same command goes on") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+    with threads_of_each(1):
+        pool = ProcessPoolExecutor(workers, context(), initializer=_begin)
+        try:
+            yield pool
+        except BrokenProcessPool:
+            raise UserError("a process of the comparison ended early; the same command goes on") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin() -> None:
@@ -118,6 +112,7 @@ def _begin() -> None:
 
     from pipeline.engine.shared import sharing
 
+    end_with_parent()
     torch.set_num_threads(1)
     contextlib.ExitStack().enter_context(sharing())  # for as long as the process lives
 

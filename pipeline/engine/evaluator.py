@@ -151,7 +151,7 @@ class Engine:
             self._kept.update(zip(examples, computed, strict=True))
             if self._shared is not None:
                 self._shared.update(
-                    {shared.content(batch, i): self._kept[batch.examples[i]] for i in missing}
+                    {shared.content(batch, [i]): self._kept[batch.examples[i]] for i in missing}
                 )
         return torch.stack([self._kept[example] for example in batch.examples])
 
@@ -161,11 +161,11 @@ class Engine:
             return missing
         still = []
         for i in missing:
-            found = self._shared.get(shared.content(batch, i))
+            found = self._shared.get(shared.content(batch, [i]))
             if found is None:
                 still.append(i)
             else:
-                self._kept[batch.examples[i]] = found
+                self._kept[batch.examples[i]] = found.to(batch.targets.device)
         return still
 
 

@@ -1,4 +1,4 @@
-"""Features that several runs of one process read: of the same weights and the same text, computed once.
+"""What several runs of one process read, computed once: above all features of the same text and weights.
 
 A search of the head alone needs each text's features, and those of a study's trials are all alike: to compute
 them again for each trial would cost more than the trials. Outside `sharing` nothing is kept.
@@ -7,29 +7,54 @@ them again for each trial would cost more than the trials. Outside `sharing` not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.tasks.base import Batch, TaskModel
 
-Features = dict[bytes, Tensor]
+T = TypeVar("T")
+Features = dict[str, Tensor]
 """By what was read: `content`."""
 
-_stores: dict[str, Features] | None = None
+
+class _Shared:
+    """What the runs of this process share; features also lie in ``folder``, for other processes."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.stores: dict[str, Features] = {}
+        self.saved: dict[str, int] = {}
+        self.made: dict[Hashable, Any] = {}
+
+
+_shared: _Shared | None = None
 
 
 @contextmanager
-def sharing() -> Iterator[None]:
-    """While it is entered, runs of this process share features."""
-    global _stores
-    _stores = {}
+def sharing(folder: Path | None = None) -> Iterator[None]:
+    """While it is entered, runs of this process share; with ``folder`` also what `save` left there."""
+    global _shared
+    _shared = _Shared(folder)
     try:
         yield
     finally:
-        _stores = None
+        _shared = None
+
+
+def once(key: Hashable, make: Callable[[], T]) -> T:
+    """What ``make`` gives, which nobody may change: made once for each ``key`` inside `sharing`."""
+    if _shared is None:
+        return make()
+    if key not in _shared.made:
+        _shared.made[key] = make()
+    made: T = _shared.made[key]
+    return made
 
 
 def store(model: TaskModel, batch_size: int) -> Features | None:
@@ -38,22 +63,51 @@ def store(model: TaskModel, batch_size: int) -> Features | None:
     The last bits of features depend on how many texts were encoded at once, so batches of another size share
     nothing. Only one model's are held: the next replaces them.
     """
-    global _stores
-    if _stores is None:
+    if _shared is None:
         return None
     weights = _digest(model)
-    if any(not key.startswith(weights) for key in _stores):
-        _stores.clear()
-    return _stores.setdefault(f"{weights}/{batch_size}", {})
+    if any(not key.startswith(weights) for key in _shared.stores):
+        _shared.stores.clear()
+        _shared.saved.clear()
+    name = f"{weights}-{batch_size}"
+    if name not in _shared.stores:
+        _shared.stores[name] = _read(name)
+        _shared.saved[name] = len(_shared.stores[name])
+    return _shared.stores[name]
 
 
-def content(batch: Batch, row: int) -> bytes:
-    """What the model reads of one row: its inputs, without the padding that its batch asked for."""
-    mask = batch.inputs["attention_mask"][row].bool()
-    return b"".join(
-        name.encode() + tensor[row][mask].cpu().numpy().tobytes()
-        for name, tensor in sorted(batch.inputs.items())
-    )
+def save() -> None:
+    """Leaves the features that were computed here for other processes that share the folder."""
+    from safetensors.torch import save_file
+
+    if _shared is None or _shared.folder is None:
+        return
+    for name, features in _shared.stores.items():
+        if len(features) == _shared.saved[name]:
+            continue
+        _shared.folder.mkdir(parents=True, exist_ok=True)
+        part = _shared.folder / f".{name}-{threading.get_native_id()}"
+        save_file({key: tensor.cpu().contiguous() for key, tensor in features.items()}, part)
+        part.replace(_shared.folder / f"{name}.safetensors")
+        _shared.saved[name] = len(features)
+
+
+def _read(name: str) -> Features:
+    from safetensors.torch import load_file
+
+    assert _shared
+    path = _shared.folder / f"{name}.safetensors" if _shared.folder else None
+    return load_file(path) if path and path.is_file() else {}
+
+
+def content(batch: Batch, rows: Sequence[int]) -> str:
+    """A digest of what the model reads of ``rows``: their inputs, without the padding the batch asked for."""
+    said = hashlib.sha256()
+    for row in rows:
+        mask = batch.inputs["attention_mask"][row].bool()
+        for name, tensor in sorted(batch.inputs.items()):
+            said.update(name.encode() + tensor[row][mask].cpu().numpy().tobytes())
+    return said.hexdigest()
 
 
 def _digest(model: TaskModel) -> str:

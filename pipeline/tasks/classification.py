@@ -7,7 +7,7 @@ label k. Without such a start zeroth-order methods fail (Malladi et al. 2023, ta
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,14 +76,22 @@ class TextClassifier(TaskModel):
         """The head and the features' constants, as safetensors."""
         from safetensors.torch import save_file
 
-        save_file({name: tensor.contiguous() for name, tensor in self._head().items()}, path)
+        save_file(self.head(), path)
 
     def load_head(self, path: Path) -> None:
         """What `save_head` wrote, in place."""
         from safetensors.torch import load_file
 
+        self.set_head(load_file(path))
+
+    def head(self) -> dict[str, Tensor]:
+        """A copy of the head and the features' constants, by name."""
+        return {name: tensor.detach().clone().contiguous() for name, tensor in self._head().items()}
+
+    def set_head(self, values: Mapping[str, Tensor]) -> None:
+        """Puts what `head` gave in place."""
         with torch.no_grad():
-            for name, tensor in load_file(path).items():
+            for name, tensor in values.items():
                 self._head()[name].copy_(tensor)
 
     def _head(self) -> dict[str, Tensor]:

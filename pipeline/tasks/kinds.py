@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.config import Config, TrainConfig
 from pipeline.data.prepare import load_corpus, load_task
+from pipeline.engine import shared
 from pipeline.errors import UserError
 from pipeline.evaluation import linear_probe, majority, measure_with_interval
 from pipeline.layout import Layout
@@ -33,6 +34,7 @@ from pipeline.tasks.classification import (
 from pipeline.tasks.language_modelling import CorpusData, LanguageModel, validation_batches
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 _SAMPLE = 256  # training texts that set the head's scale and bias
@@ -61,7 +63,11 @@ class Classification:
                 f"the model has {encoder.config.num_hidden_layers} layers"
             )
         labels = rows["train"].features["label"].names
-        data = {split: ClassificationData(rows[split], tokenizer, options.max_length) for split in rows}
+        about = (str(layout.prepared.resolve()), str(layout.pretrained.resolve()), options.max_length)
+        data = shared.once(
+            ("tokenized", *about),
+            lambda: {split: ClassificationData(rows[split], tokenizer, options.max_length) for split in rows},
+        )
         train = data["train"]
         model = TextClassifier(encoder, encoder.config.hidden_size, labels, options.pooled_layers)
         model.eval().to(choose_device(config.device))
@@ -69,8 +75,15 @@ class Classification:
         if head and head.is_file():
             model.load_head(head)
         else:
-            sample = train.batch(shuffled(len(train), _SAMPLE, derive(config.seed, 7), 0))
-            start_head(model, tokenizer, describe(labels, options.descriptions), sample)
+            sentences = describe(labels, options.descriptions)
+
+            def from_sentences() -> dict[str, Tensor]:
+                sample = train.batch(shuffled(len(train), _SAMPLE, derive(config.seed, 7), 0))
+                start_head(model, tokenizer, sentences, sample)
+                return model.head()
+
+            how = (*sentences, config.seed, config.dtype, config.device, options.pooled_layers)
+            model.set_head(shared.once(("head", *about, *how), from_sentences))
             if head:
                 model.save_head(head)
 

@@ -94,6 +94,16 @@ class Study:
         """For its reports."""
         return self._study
 
+    def close(self) -> None:
+        """Lets a database's connections go; nothing else of the study is used after it."""
+        from optuna.storages import RDBStorage
+
+        storage: Any = self._study._storage
+        storage = getattr(storage, "_backend", storage)  # behind Optuna's cache
+        if isinstance(storage, RDBStorage):
+            storage.remove_session()
+            storage.engine.dispose()
+
     def guess_first(self, guess: dict[str, Any]) -> None:
         """Has the first trial try ``guess``; nothing where there is one already."""
         with self._lock:

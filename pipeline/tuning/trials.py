@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 from pipeline import config as configuration
 from pipeline import runs
 from pipeline.config import Config, TuneConfig
-from pipeline.engine.shared import sharing
-from pipeline.errors import UserError
+from pipeline.engine.shared import save, sharing
+from pipeline.errors import UserError, guarded
 from pipeline.layout import Layout
+from pipeline.processes import context, cores, end_with_parent, threads_of_each
 from pipeline.stage import read_metrics
 from pipeline.tuning.search import assignments, searched, values_of
 from pipeline.tuning.study import Study, Taken
 
-LOG = "log.txt"
+LOG, FEATURES = "log.txt", "features"
 OnEnd = Callable[[], None]
 
 
@@ -45,8 +45,7 @@ def open_study(config: Config, base: Layout, folder: Path) -> Study:
 
 def work(config: Config, base: Layout, folder: Path, parent: str | None, on_end: OnEnd) -> None:
     """Runs trials until all of ``config.tune.trials`` are taken; ``on_end`` is called after each."""
-    study = open_study(config, base, folder)
-    with sharing():
+    with contextlib.closing(open_study(config, base, folder)) as study, sharing(folder / FEATURES):
         while _one_more(study, config, base, parent):
             on_end()
 
@@ -66,44 +65,68 @@ def _one_more(study: Study, config: Config, base: Layout, parent: str | None) ->
             study.fail(taken, str(error))
         else:
             study.tell(taken, _value(metrics, config.tune.by))
+            save()
     return True
 
 
-def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | None, on_wait: OnEnd) -> None:
-    """As `work`, by as many processes as the configuration says, which share the processor's cores.
+def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | None, on_end: OnEnd) -> None:
+    """As `work`, by as many processes as the configuration says, this one among them.
+
+    They share the processor's cores. The first trial has them all: it computes what the others only read.
 
     Raises:
         UserError: one of them ended early; what it was at is taken up by the next call.
     """
+    import torch
+
     count = min(config.tune.workers, config.tune.trials)
-    threads = max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    arguments = [str(base.root.resolve()), str(folder.resolve()), *([parent] if parent else [])]
-    configuration.write(config, folder / "params.yaml")
-    processes, logs = [], []
-    for number in range(count):
-        logs.append((folder / f"worker-{number}.log").open("w", encoding="utf-8"))
-        command = [sys.executable, "-P", "-m", "pipeline.tuning.trials", *arguments]
-        processes.append(
-            subprocess.Popen(command, stdout=logs[-1], stderr=subprocess.STDOUT, env=environment)
-        )
+    each = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // count))
+    go, before = context().Event(), torch.get_num_threads()
+    arguments = (config, base, folder, parent, go)
+    others = [
+        context().Process(target=_beside, args=(number, *arguments), daemon=True)
+        for number in range(1, count)
+    ]
     try:
-        while any(process.poll() is None for process in processes):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                next(process for process in processes if process.poll() is None).wait(timeout=1)
-            on_wait()
-    except BaseException:
-        for process in processes:
-            process.terminate()
-        raise
+        with threads_of_each(each):
+            for process in others:
+                process.start()
+        with contextlib.closing(open_study(config, base, folder)) as study, sharing(folder / FEATURES):
+            torch.set_num_threads(min(count * each, cores()))
+            more = _one_more(study, config, base, parent)
+            torch.set_num_threads(each)
+            go.set()
+            while more:
+                on_end()
+                more = _one_more(study, config, base, parent)
+        while alive := [process for process in others if process.is_alive()]:
+            alive[0].join(timeout=1)
+            on_end()
     finally:
-        for log in logs:
-            log.close()
-    for number, process in enumerate(processes):
-        if process.returncode:
-            lines = (folder / f"worker-{number}.log").read_text(encoding="utf-8").splitlines()
-            last = lines[-1] if lines else f"status {process.returncode}"
+        torch.set_num_threads(before)
+        for process in others:
+            process.kill()
+    for number, process in enumerate(others, start=1):
+        if process.exitcode:
+            lines = _log_of(folder, number).read_text(encoding="utf-8").splitlines()
+            last = lines[-1] if lines else f"status {process.exitcode}"
             raise UserError(f"a worker of the study ended early: {last}; the same command goes on")
+
+
+def _beside(number: int, config: Config, base: Layout, folder: Path, parent: str | None, go: Event) -> None:
+    """What another process of `work_in_processes` does."""
+    end_with_parent()
+    log = os.open(_log_of(folder, number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import pipeline.trainer  # noqa: F401  the imports, while the first trial runs
+
+    go.wait()
+    guarded(lambda: work(config, base, folder, parent, lambda: None))
+
+
+def _log_of(folder: Path, number: int) -> Path:
+    return folder / f"worker-{number}.log"
 
 
 def _run(config: Config, study: Study, base: Layout, taken: Taken, parent: str | None) -> dict[str, Any]:
@@ -135,18 +158,3 @@ def _leave_out_weights(layout: Layout) -> None:
     for path in layout.finetuned.rglob("*"):
         if path.suffix == ".safetensors" or path.name.startswith("tokenizer"):
             path.unlink()
-
-
-if __name__ == "__main__":
-    from pipeline.errors import guarded
-
-    root, place, *above = sys.argv[1:]
-    guarded(
-        lambda: work(
-            configuration.read(Path(place) / "params.yaml"),
-            Layout(Path(root)),
-            Path(place),
-            above[0] if above else None,
-            lambda: None,
-        )
-    )

@@ -1,0 +1,46 @@
+"""Processes that work beside this one, and end with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import SpawnContext
+
+
+def context() -> SpawnContext:
+    """How they are started: afresh, since torch's threads and CUDA do not survive a fork."""
+    return multiprocessing.get_context("spawn")
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def threads_of_each(count: int) -> Iterator[None]:
+    """Processes started inside it have ``count`` threads: torch reads it when it is imported."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, killed even; what it was at goes on later."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
