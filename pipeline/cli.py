@@ -12,6 +12,7 @@ import typer.core
 
 from pipeline.commands.compare import compare
 from pipeline.commands.options import ConfigFile, Model, Seed, Set
+from pipeline.commands.register import register
 from pipeline.commands.status import status
 from pipeline.commands.sync import sync
 from pipeline.commands.tune import tune
@@ -151,6 +152,7 @@ app.command()(tune)
 app.command()(compare)
 app.command()(status)
 app.command()(sync)
+app.command()(register)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -16,8 +17,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from pipeline.comparison.page import page
 from pipeline.comparison.plan import parse_optimizers, parse_seeds
+from pipeline.comparison.run import plain
 from pipeline.comparison.statistics import paired, spread
+from pipeline.comparison.table import markdown
 from pipeline.errors import UserError
 
 LARGE = "cmaes:SepCMA,population_size=200"  # a generation of it is more than the budget
@@ -73,6 +77,35 @@ def test_a_paired_interval_is_scipys_bootstrap_and_repeats() -> None:
     assert spread([1.0]) == (1.0, 0.0)
 
 
+def test_what_diverges_is_said_and_breaks_nothing() -> None:
+    assert all(map(math.isnan, paired(np.full((2, 9), np.inf), np.full((2, 9), np.inf))))
+    assert all(map(math.isnan, spread([1.0, math.inf])))
+    row = {"name": "wild", "forward_passes": [4, 4], "coordinates": 2}
+    for key in ("validation/loss", "validation/accuracy", "test/loss", "test/accuracy"):
+        row[key] = {"mean": math.nan, "sd": math.nan, "seeds": [math.inf, 1.0]}
+    row["test/loss_difference"] = {"mean": math.nan, "low": math.nan, "high": math.nan}
+    points = [{"forward_passes": 0, "loss": 0.7, "accuracy": 0.5}, {"forward_passes": 4, "loss": math.inf}]
+    points[1]["accuracy"] = 0.5
+    timed = {"seconds": [1.0, 1.0], "peak_memory_mib": [5, 5], "curve_seconds": [[0.0, 1.0]] * 2}
+    timed |= {
+        "validation_loss_at_equal_time": [math.inf, 1.0],
+        "validation_accuracy_at_equal_time": [0.5, 0.5],
+    }
+    setup = dict.fromkeys(("model", "data", "space", "objective"), "x")
+    setup |= dict.fromkeys(("forward_passes", "batch_size", "max_length", "tuning_trials"), 0)
+    found = {
+        "setup": {**setup, "seeds": [0, 1]},
+        "reference": "wild",
+        "results": [row],
+        "curves": {"wild": [points, points]},
+        "tuned": {},
+        "timings": {"equal_time_seconds": 1.0, "rows": {"wild": timed}},
+    }
+    assert markdown(found).count("diverged") == 5
+    assert page(found).count("<svg") == 4
+    json.dumps(plain(found), allow_nan=False)
+
+
 def command(bert: Path, table: Path, home: Path, *more: str) -> tuple[list[str], dict[str, str]]:
     values: dict[str, Any] = {
         "model": bert,
@@ -97,7 +130,7 @@ def run(line: list[str], environment: dict[str, str]) -> subprocess.CompletedPro
     return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
 
 
-METHODS = ["--optimizers", f"spsa,nevergrad:DE,{LARGE}", "--seeds", "2"]
+METHODS = ["--optimizers", f"{LARGE},spsa,nevergrad:DE", "--seeds", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +149,7 @@ def test_a_whole_comparison(whole: tuple[Path, subprocess.CompletedProcess[str]]
     found = json.loads((folder / "comparison.json").read_text("utf-8"))
     rows = {row["name"]: row for row in found["results"]}
     yardsticks = ["majority", "zero-shot", "linear probe"]
-    assert list(rows) == [*yardsticks, "spsa", "nevergrad:DE", LARGE, "adamw"]
+    assert list(rows) == [*yardsticks, LARGE, "spsa", "nevergrad:DE", "adamw"]  # the first is refused
     assert found["reference"] == "spsa"
     assert "fewer than one step" in rows[LARGE]["error"]
     assert all(passes <= 96 for name in ("spsa", "nevergrad:DE") for passes in rows[name]["forward_passes"])
@@ -127,19 +160,19 @@ def test_a_whole_comparison(whole: tuple[Path, subprocess.CompletedProcess[str]]
     assert difference["mean"] == pytest.approx(means[0] - means[1])
     assert difference["low"] <= difference["mean"] <= difference["high"]
     assert set(found["timings"]["rows"]) == {"spsa", "nevergrad:DE", "adamw"}
-    markdown = (folder / "comparison.md").read_text("utf-8")
-    assert "not run: " in markdown
-    assert markdown.splitlines()[0] in done.stdout
+    text = (folder / "comparison.md").read_text("utf-8")
+    assert "not run: " in text
+    assert text.splitlines()[0] in done.stdout
 
 
 def test_the_page_stands_alone(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    page = (whole[0] / "comparison.html").read_text("utf-8")
-    links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']+)""", page)
+    text = (whole[0] / "comparison.html").read_text("utf-8")
+    links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']+)""", text)
     assert [url for url in links if not url.startswith("#")] == []
-    assert "@import" not in page
-    assert "url(http" not in page
-    assert page.count("<svg") == 4
-    assert page.count("<table") == 2
+    assert "@import" not in text
+    assert "url(http" not in text
+    assert text.count("<svg") == 4
+    assert text.count("<table") == 2
 
 
 def test_a_comparison_repeats_and_goes_on_after_a_kill(
@@ -155,7 +188,7 @@ def test_a_comparison_repeats_and_goes_on_after_a_kill(
             assert process.poll() is None
             assert time.monotonic() < patience
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)  # its workers end by themselves
     other = run([*line, "--seeds", "3"], environment)
     assert other.returncode == 2
     assert "compares with seeds=[0, 1], now [0, 1, 2]; use another --name" in other.stderr
@@ -167,11 +200,15 @@ def test_a_comparison_repeats_and_goes_on_after_a_kill(
 
 
 def test_each_method_is_tuned_the_same_way(bert: Path, table: Path, tmp_path: Path) -> None:
-    line, environment = command(bert, table, tmp_path, "--optimizers", "spsa", "--seeds", "1", "--tune", "2")
+    methods = ["--optimizers", f"{LARGE},spsa", "--seeds", "1", "--tune", "2"]
+    line, environment = command(bert, table, tmp_path, *methods)
     done = run([*line, "--json"], environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["tuned"]) == {"spsa", "adamw"}
+    rows = {row["name"]: row for row in found["results"]}
+    assert "none of 2 trials came to a value" in rows[LARGE]["error"]  # and ends nothing else
+    assert len(rows["zero-shot"]["test/accuracy"]["seeds"]) == 1
     assert set(found["tuned"]["spsa"]) == {"finetune.epsilon", "finetune.learning_rate"}
     made = tmp_path / "runs" / "compare" / "spsa"
     trajectory = (made / "seed-0" / "models" / "finetuned" / "trajectory.jsonl").read_text("utf-8")

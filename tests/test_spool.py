@@ -108,12 +108,14 @@ def test_an_absent_server_gets_it_once_it_is_there(
     (model / "config.json").write_text("{}")
     (curve := trial.root / "curve.csv").write_text("1,2")
     study = Layout(home / "runs" / "study")
-    with track("tune", Config(tune=TuneConfig(enabled=True)), study) as whole:
-        with track("finetune", Config(), trial, parent=whole.id) as tracker:
-            tracker.metrics({"loss": 1.0}, 1)
-            tracker.artifact(curve, "plots")
-            tracker.artifact(model, "model")
-        shutil.rmtree(trial.root)  # what is kept does not hang on the run's own folder
+    with (
+        track("tune", Config(tune=TuneConfig(enabled=True)), study) as whole,
+        track("finetune", Config(), trial, parent=whole.id) as tracker,
+    ):
+        tracker.metrics({"loss": 1.0}, 1)
+        tracker.artifact(curve, "plots")
+        tracker.artifact(model, "model")
+    shutil.rmtree(trial.root)  # what is kept does not hang on the run's own folder
     assert capfd.readouterr().err.count("\n") == 1
     subprocess.run([sys.executable, "-c", KILLED, str(home / "runs" / "killed")], check=False)
     patiently(lambda: len(spool.waiting(spool.folder())) == 3)

@@ -273,3 +273,39 @@ def test_a_search_that_is_switched_off_is_no_run(home: Path) -> None:
     with track("tune", Config(), Layout(home / "runs" / "one")) as tracker:
         assert tracker.id is None
     assert not (home / "mlruns").exists()
+
+
+def test_a_model_is_registered_on_request(home: Path) -> None:
+    layout = Layout(home / "runs" / "one")
+    command = [sys.executable, "-m", "pipeline", "register", "one", "--as", "sentiment"]
+
+    def register() -> tuple[str, str, int]:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout, done.stderr, done.returncode
+
+    layout.root.mkdir(parents=True)
+    layout.params.write_text("seed: 0")
+    assert register() == (
+        "",
+        f"error: {layout.root} holds no model yet: neither pretrain nor finetune has run\n",
+        2,
+    )
+    with track("finetune", Config(), layout):
+        layout.finetuned.mkdir(parents=True)
+        for name in ("config.json", "metrics.json"):
+            (layout.finetuned / name).write_text("{}")
+    assert "holds no weights" in register()[1]
+    (layout.finetuned / "model.safetensors").write_bytes(b"weights")
+    assert "no tracked run made" in register()[1]
+    ledger.made(layout, "finetune")
+    for version in (1, 2):
+        out, err, status = register()
+        assert (out, err, status) == (
+            f"sentiment, version {version}: models:/sentiment/{version}. Review: pipeline ui\n",
+            "",
+            0,
+        )
+    [(run, source)] = set(rows(home, "select run_id, source from model_versions"))
+    assert rows(home, "select name from runs where run_uuid = '" + run + "'") == [("one/finetune",)]
+    kept = Path(source.removeprefix("file://"))
+    assert (kept / "model.safetensors").read_bytes() == b"weights"

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.config import Config
+from pipeline.config import Config, FinetuneConfig, TuneConfig
 from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.tracking import track
@@ -54,6 +54,13 @@ def review(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Review]:
         for stage in ("finetune", "evaluate"):
             with track(stage, Config(), Layout(home / "runs" / "spsa-1")) as tracker:
                 tracker.metrics(FIGURES if stage == "evaluate" else {"train_loss": 0.5}, 100)
+        study = Layout(home / "runs" / "tune-spsa")
+        with track("tune", Config(tune=TuneConfig(enabled=True)), study) as whole:
+            for number in range(2):
+                trial = Layout(study.tuning / "0123" / "trials" / f"trial-{number:03d}")
+                options = FinetuneConfig(optimizer="spsa", learning_rate=0.25 + number)
+                with track("finetune", Config(finetune=options), trial, parent=whole.id) as tracker:
+                    tracker.metrics({"validation/loss": 0.4444 + number}, 100)
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
@@ -117,8 +124,10 @@ def test_the_link_names_a_view_of_the_runs_table(review: Review) -> None:
     view = json.loads(tags[f"mlflow.sharedViewState.{found[2]}"])
     shown = _ask(review, "runs/search", experiment_ids=[found[1]], filter=view["searchFilter"],
                  order_by=[f"{view['orderByKey']} DESC"])["runs"]  # fmt: skip
-    assert [run["info"]["run_name"] for run in shown] == ["spsa-1/evaluate"]
-    data = shown[0]["data"]
+    names = [run["info"]["run_name"] for run in shown]
+    trials = [f"tune-spsa/trial-00{number}/finetune" for number in (1, 0)]
+    assert names == [*trials, "tune-spsa/tune", "spsa-1/evaluate"]
+    data = shown[-1]["data"]
     keys = {f"metrics.`{item['key']}`" for item in data["metrics"]}
     keys |= {f"params.`{item['key']}`" for item in data["params"]}
     expected = {f"metrics.`{key}`" for key in FIGURES} | {
@@ -129,21 +138,60 @@ def test_the_link_names_a_view_of_the_runs_table(review: Review) -> None:
     assert view["selectedColumns"] == list(COLUMNS)
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
-def test_a_fresh_browser_shows_the_columns(review: Review, tmp_path: Path) -> None:
+def _seen(link: str, folder: Path) -> str:
+    """The page at ``link`` in a browser without a history, as HTML; its picture is left in ``folder``."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    flags += [f"--user-data-dir={tmp_path}", "--window-size=2400,900", "--virtual-time-budget=15000"]
+    flags += [f"--user-data-dir={folder / 'browser'}", "--window-size=2400,900"]
+    flags += ["--virtual-time-budget=15000", f"--screenshot={folder / 'page.png'}"]
     done = subprocess.run(
-        ["chromium", *flags, "--dump-dom", review.link],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
+        ["chromium", *flags, "--dump-dom", link], capture_output=True, text=True, timeout=120, check=True
     )
+    return done.stdout
+
+
+browser = pytest.mark.skipif(not shutil.which("chromium"), reason="Debian's chromium is not installed")
+
+
+@browser
+def test_a_fresh_browser_shows_the_columns(review: Review, tmp_path: Path) -> None:
+    page = _seen(review.link, tmp_path)
     for text in ("spsa-1/evaluate", "finetune.optimizer", "test/accuracy_high", "0.786"):
-        assert text in done.stdout
-    assert "spsa-1/finetune" not in done.stdout
+        assert text in page
+    assert "spsa-1/finetune" not in page
+
+
+@browser
+def test_a_study_is_one_row_that_opens_on_its_trials(review: Review, tmp_path: Path) -> None:
+    page = _seen(review.link, tmp_path)
+    assert "tune-spsa/tune" in page
+    assert "tune-spsa/trial-000/finetune" not in page  # under its study, which is closed
+    [study] = _runs(review, "tags.stage = 'tune'")
+    children = _seen(f"{review.link.split('/runs')[0]}/runs/{study['info']['run_id']}", tmp_path)
+    assert "tune-spsa/trial-000/finetune" in children
+    assert "tune-spsa/trial-001/finetune" in children
+    assert "30 trials of" in children  # the description
+
+
+@browser
+def test_trials_are_compared(review: Review, tmp_path: Path) -> None:
+    trials = _runs(review, "tags.stage = 'finetune' and tags.leaderboard = 'true'")
+    ids = json.dumps([trial["info"]["run_id"] for trial in trials])
+    experiment = json.dumps([trials[0]["info"]["experiment_id"]])
+    page = _seen(f"{review.link.split('/#')[0]}/#/compare-runs?runs={ids}&experiments={experiment}", tmp_path)
+    for text in ("tune-spsa/trial-000/finetune", "tune-spsa/trial-001/finetune", "finetune.learning_rate"):
+        assert text in page
+    for text in ("0.25", "1.25", "0.444", "1.444"):
+        assert text in page
+
+
+def _runs(review: Review, search: str) -> list[dict[str, Any]]:
+    experiment = re.search(r"experiments/(\d+)", review.link)
+    assert experiment
+    found: list[dict[str, Any]] = _ask(review, "runs/search", experiment_ids=[experiment[1]], filter=search)[
+        "runs"
+    ]
+    return found
 
 
 def test_interrupt_stops_every_process(review: Review) -> None:

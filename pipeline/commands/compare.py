@@ -41,7 +41,7 @@ def compare(
     from pipeline import runs
     from pipeline.cli import configure, shown
     from pipeline.comparison.plan import Plan, parse_optimizers, parse_seeds
-    from pipeline.comparison.run import NAME
+    from pipeline.comparison.run import NAME, plain
     from pipeline.comparison.run import compare as run
     from pipeline.comparison.table import markdown
 
@@ -56,7 +56,7 @@ def compare(
         runs.preflight(plan.preflight_config(each), ("prepare", "pretrain", "finetune"))
     found = run(plan, workers, typer.echo if not as_json else lambda text: None)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(plain(found), indent=2))
         return
     typer.echo(markdown(found))
     typer.echo(f"{shown(root / NAME)}.html, .md, .json. Review: pipeline ui")

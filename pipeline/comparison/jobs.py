@@ -15,39 +15,49 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.processes import context, end_with_parent, threads_of_each
+from pipeline.stage import read_metrics
 
 LOG, ERROR = "log.txt", "error.txt"
+YARDSTICKS = {"majority": "majority", "zero_shot": "zero-shot", "linear_probe": "linear probe"}
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """Stages of one run; ``base`` is the run whose data and model it starts from, if any."""
+    """Stages of one run; ``base`` is the run whose data and model it starts from, if any.
+
+    With ``again`` they are run though they were.
+    """
 
     label: str
     config: Config
     layout: Layout
     stages: tuple[str, ...]
     base: Layout | None = None
+    again: bool = False
 
 
 def run_all(plan: Plan, workers: int, parent: str | None, say: Say) -> None:
-    """Runs the plan: starts, then studies, then runs. A run that is refused leaves its reason.
+    """Runs the plan: starts, then studies, then runs. A study or a run that is refused leaves its reason.
 
     Raises:
-        UserError: a start or a study could not be made, or a process ended early.
+        UserError: a start could not be made, or a process ended early.
     """
     with _pool(workers) as pool:
         _run(pool, _starts(plan), parent, say, "start", stop=True)
         if plan.tune:
-            _run(pool, _studies(plan), parent, say, "tune", stop=True)
-        _run(pool, _runs(plan), parent, say, "compare", stop=False)
+            _run(pool, _studies(plan), parent, say, "tune")
+        _run(pool, _runs(plan), parent, say, "compare")
+        _run(pool, _missing_yardsticks(plan), parent, say, "yardsticks")
 
 
-def failure(layout: Layout) -> str:
-    """Why the run came to nothing; empty where it came to something."""
-    path = layout.root / ERROR
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def failure(plan: Plan, optimizer: str, seed: int) -> str:
+    """Why the run came to nothing, or the study before it; empty where it came to something."""
+    for layout in (plan.study(optimizer), plan.run(optimizer, seed)):
+        path = layout.root / ERROR
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return "" if plan.run(optimizer, seed).metrics.is_file() else "it has not run"
 
 
 def _starts(plan: Plan) -> list[Job]:
@@ -67,22 +77,52 @@ def _studies(plan: Plan) -> list[Job]:
 
 
 def _runs(plan: Plan) -> list[Job]:
-    """Seed by seed: runs of one seed share the features of its texts."""
+    """Seed by seed: runs of one seed share the features of its texts. The first has the seed's yardsticks."""
+    tuned = [each for each in plan.optimizers if not plan.tune or plan.study(each).tuned.is_file()]
     stages = ("tune", "finetune", "evaluate")
     return [
         Job(
-            f"{each}, seed {seed}", plan.run_config(each, seed), plan.run(each, seed), stages, plan.base(seed)
+            f"{each}, seed {seed}",
+            plan.run_config(each, seed, yardsticks=each == tuned[0]),
+            plan.run(each, seed),
+            stages,
+            plan.base(seed),
         )
         for seed in plan.seeds
-        for each in plan.optimizers
+        for each in tuned
     ]
 
 
+def _missing_yardsticks(plan: Plan) -> list[Job]:
+    """Of the seeds whose first run was refused: another one's evaluation is made again, with them."""
+    jobs = []
+    for seed in plan.seeds:
+        made = [each for each in plan.optimizers if not failure(plan, each, seed)]
+        if not made or any(has_yardsticks(plan.run(each, seed)) for each in made):
+            continue
+        config, layout = plan.run_config(made[0], seed, yardsticks=True), plan.run(made[0], seed)
+        jobs.append(Job(f"yardsticks of seed {seed}", config, layout, ("evaluate",), again=True))
+    return jobs
+
+
+def has_yardsticks(layout: Layout) -> bool:
+    """Whether the run's evaluation measured them too."""
+    return any(f"{each}/" in key for key in read_metrics(layout.metrics) for each in YARDSTICKS)
+
+
 def _run(
-    pool: ProcessPoolExecutor, jobs: Sequence[Job], parent: str | None, say: Say, what: str, *, stop: bool
+    pool: ProcessPoolExecutor,
+    jobs: Sequence[Job],
+    parent: str | None,
+    say: Say,
+    what: str,
+    *,
+    stop: bool = False,
 ) -> None:
     from tqdm import tqdm
 
+    if not jobs:
+        return
     waiting = {pool.submit(_do, job, parent): job for job in jobs}
     with tqdm(total=len(jobs), desc=what, unit="run", disable=None, file=sys.stderr) as bar:
         for future in as_completed(waiting):
@@ -122,7 +162,7 @@ def _do(job: Job, parent: str | None) -> str:
     layout = job.layout
     if job.base:
         runs.branch(job.base, layout.root)
-    left = _left(job)
+    left = job.stages if job.again else _left(job)
     if not left:
         return ""
     (layout.root / ERROR).unlink(missing_ok=True)

@@ -56,14 +56,13 @@ class Plan:
         tune = dataclasses.replace(self.config.tune, enabled=True, trials=self.tune, workers=1, storage=None)
         return dataclasses.replace(self._of(optimizer, self.tuning_seed), tune=tune)
 
-    def run_config(self, optimizer: str, seed: int) -> Config:
-        """Of one run, with what its optimizer's study found; the first optimizer's has the yardsticks."""
+    def run_config(self, optimizer: str, seed: int, *, yardsticks: bool) -> Config:
+        """Of one run, with what its optimizer's study found, and with or without the seed's yardsticks."""
         config = self._of(optimizer, seed)
         if self.tune:
             config = applied(config, self.study(optimizer).tuned)
-        first = optimizer == self.optimizers[0]
         return configuration.updated(
-            config, {"evaluate.baselines": first, "evaluate.adamw": False}, source="compare"
+            config, {"evaluate.baselines": yardsticks, "evaluate.adamw": False}, source="compare"
         )
 
     def preflight_config(self, optimizer: str) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def _draw(axes: Axes, found: dict[str, Any], figure: str, by: str) -> None:
     seen = []
     for number, (name, runs) in enumerate(found["curves"].items()):
         xs = [_axis(found, name, seed, points, by) for seed, points in enumerate(runs)]
-        ys = [[point[figure] for point in points] for points in runs]
+        ys = [[_finite(point[figure]) for point in points] for points in runs]
         grid = np.linspace(0.0, min(max(x) for x in xs), POINTS)
         lines = np.array([np.interp(grid, x, y) for x, y in zip(xs, ys, strict=True)])
         colour = COLOURS[number % len(COLOURS)]
@@ -58,6 +59,11 @@ def _draw(axes: Axes, found: dict[str, Any], figure: str, by: str) -> None:
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
+def _finite(value: float) -> float:
+    """NaN, a gap in the curve, for what is not finite."""
+    return value if math.isfinite(value) else math.nan
+
+
 def _axis(
     found: dict[str, Any], name: str, seed: int, points: Sequence[dict[str, float]], by: str
 ) -> list[float]:
@@ -69,8 +75,11 @@ def _axis(
 
 def _frame(axes: Axes, lines: Sequence[Any]) -> None:
     """A loss that diverges must not flatten the others: it is cut at twice the fall of the best one."""
-    start = float(np.median([line[0] for line in lines]))
-    below = start - float(np.nanmin(np.concatenate(lines)))
-    above = float(np.nanmax(np.concatenate(lines))) - start
+    every = np.concatenate(lines)
+    every = every[np.isfinite(every)]
+    if not len(every):
+        return
+    start = float(np.nanmedian([line[0] for line in lines]))
+    below, above = start - float(every.min()), float(every.max()) - start
     if above > 2 * below > 0:
         axes.set_ylim(start - 1.2 * below, start + 2 * below)

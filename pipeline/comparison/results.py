@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.comparison.jobs import failure
+from pipeline.comparison.jobs import YARDSTICKS, failure, has_yardsticks
 from pipeline.comparison.plan import Plan
 from pipeline.comparison.statistics import paired, spread
 from pipeline.layout import Layout
 from pipeline.stage import read_metrics
 from pipeline.trajectory import FILE
 
-YARDSTICKS = {"majority": "majority", "zero_shot": "zero-shot", "linear_probe": "linear probe"}
 METRIC = "accuracy"
 
 
@@ -46,7 +45,7 @@ class Run:
 
 def collect(plan: Plan) -> dict[str, Any]:
     """Everything the comparison has to say, as plain data."""
-    found = {each: [_run(plan.run(each, seed)) for seed in plan.seeds] for each in plan.optimizers}
+    found = {each: [_run(plan, each, seed) for seed in plan.seeds] for each in plan.optimizers}
     good = {name: made for name, made in found.items() if not any(run.error for run in made)}
     reference = next(iter(good), None)
     rows = [
@@ -56,16 +55,17 @@ def collect(plan: Plan) -> dict[str, Any]:
     return {
         "setup": _setup(plan),
         "reference": reference,
-        "results": [*_yardsticks(found[plan.optimizers[0]]), *rows],
+        "results": [*_yardsticks(plan), *rows],
         "curves": {name: [_points(run) for run in made] for name, made in good.items()},
         "tuned": _tuned(plan),
         "timings": _timings(good),
     }
 
 
-def _run(layout: Layout) -> Run:
-    if not layout.metrics.is_file():
-        return Run(error=failure(layout) or "it has not run")
+def _run(plan: Plan, optimizer: str, seed: int) -> Run:
+    layout = plan.run(optimizer, seed)
+    if error := failure(plan, optimizer, seed):
+        return Run(error=error)
     with layout.predictions.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return Run(
@@ -110,12 +110,16 @@ def _refused(name: str, made: list[Run]) -> dict[str, Any]:
     return {"name": name, "error": next(run.error for run in made if run.error)}
 
 
-def _yardsticks(made: list[Run]) -> list[dict[str, Any]]:
-    """From the first optimizer's runs, as far as they have any."""
+def _yardsticks(plan: Plan) -> list[dict[str, Any]]:
+    """Each seed's, from the run that measured them."""
+    measured = []
+    for seed in plan.seeds:
+        layouts = [plan.run(each, seed) for each in plan.optimizers]
+        measured += [read_metrics(layout.metrics) for layout in layouts if has_yardsticks(layout)][:1]
     rows = []
     for key, name in YARDSTICKS.items():
         figures = {
-            figure: [run.metrics[f"{key}/{figure}"] for run in made if f"{key}/{figure}" in run.metrics]
+            figure: [metrics[f"{key}/{figure}"] for metrics in measured if f"{key}/{figure}" in metrics]
             for figure in ("loss", METRIC)
         }
         if figures[METRIC]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -39,7 +40,7 @@ def compare(plan: Plan, workers: int, say: Say) -> dict[str, Any]:
             contents = {
                 "html": page(found),
                 "md": markdown(found),
-                "json": json.dumps(found, indent=2) + "\n",
+                "json": json.dumps(plain(found), indent=2, allow_nan=False) + "\n",
             }
             for suffix, text in contents.items():
                 path = plan.root / f"{NAME}.{suffix}"
@@ -53,3 +54,12 @@ def compare(plan: Plan, workers: int, say: Say) -> dict[str, Any]:
         reasons = "; ".join(f"{row['name']}: {row['error']}" for row in found["results"] if "error" in row)
         raise UserError(f"no optimizer came to a result: {reasons}")
     return found
+
+
+def plain(value: Any) -> Any:
+    """For JSON, which knows neither NaN nor infinity: null in their place."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -14,7 +15,9 @@ _SEED = 20260101  # the same resamples whenever a table is made
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n − 1) over seeds; of one seed, 0."""
+    """Mean and standard deviation (n − 1) over seeds; of one seed, 0; NaN where one of them diverged."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -23,8 +26,12 @@ def paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> tuple[floa
 
     The interval is of examples drawn again (Efron 1979), for both methods and all seeds alike: what other
     test texts would have shown of these runs. The chance of a seed is not in it; its spread is said beside.
+    Where a loss is not finite, all three are NaN.
     """
-    difference = (ours - theirs).mean(0)
+    with np.errstate(invalid="ignore"):  # of two infinite losses
+        difference = (ours - theirs).mean(0)
+    if not np.isfinite(difference).all():
+        return math.nan, math.nan, math.nan
     count = len(difference)
     draws = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     means = draws @ difference / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ COST_HEAD = (
     "validation loss at {seconds} s",
     f"validation {METRIC} at {{seconds}} s",
 )
-
+DIVERGED = "diverged"  # a mean over seeds that is no number
 TIMED = "On this machine, one thread a run; these figures change from run to run."
 
 
@@ -106,6 +107,8 @@ def _spread(row: dict[str, Any], key: str, percent: bool = False) -> str:
     if key not in row:
         return ""
     mean, deviation = row[key]["mean"], row[key]["sd"]
+    if not math.isfinite(mean):
+        return DIVERGED
     if percent:
         return f"{100 * mean:.1f} ± {100 * deviation:.1f}%"
     return f"{mean:.4f} ± {deviation:.4f}"
@@ -116,6 +119,8 @@ def _difference(row: dict[str, Any], key: str, percent: bool = False) -> str:
     if found is None:
         return ""
     mean, low, high = found["mean"], found["low"], found["high"]
+    if not math.isfinite(mean):
+        return ""
     if percent:
         return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -127,4 +132,5 @@ def _range(values: Sequence[float], digits: int = 0) -> str:
 
 
 def _mean(values: Sequence[float], form: str) -> str:
-    return format(sum(values) / len(values), form)
+    mean = sum(values) / len(values)
+    return format(mean, form) if math.isfinite(mean) else DIVERGED

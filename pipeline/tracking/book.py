@@ -18,6 +18,9 @@ ABOUT_THE_STORE = ("uri", "artifacts")  # of the message that starts a run
 RUN, PARENT = "pipeline.run", "pipeline.parent"  # tags: what a run is called here, and what it is a part of
 
 
+MODEL = "model"  # the folder of a run's artifacts that holds it
+
+
 class Rejected(Exception):
     """What MLflow will never take: sending it again would change nothing."""
 
@@ -57,6 +60,26 @@ class Book:
             if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
                 raise Rejected(error.message) from error
             raise
+
+    def register(self, run: str, folder: Path, model: str) -> str:
+        """Keeps ``folder`` with the run and makes it the next version of ``model``; the version.
+
+        Raises:
+            Rejected: the store has no such run, or refuses the name.
+        """
+        from mlflow.exceptions import MlflowException
+
+        identity = self._find(run)
+        if identity is None:
+            raise Rejected("it has not heard of the run; see pipeline sync")
+        try:
+            self._client.create_registered_model(model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise Rejected(error.message) from error
+        self._client.log_artifacts(identity, str(folder), MODEL)
+        source = f"{self._client.get_run(identity).info.artifact_uri}/{MODEL}"
+        return str(self._client.create_model_version(model, source, identity).version)
 
     def _start(
         self,

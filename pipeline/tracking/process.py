@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.tracking.store import PATIENCE, QUIET, milliseconds
 
-# How long the end of a run waits for the scribe: an import and a fresh database take under 20 s on 2 cores.
+# How long the end of a run, or of this process, waits for the scribe: an import of mlflow and a fresh database
+# take under 20 s on 2 cores.
 PATIENCE_SECONDS = 60.0
 
 
@@ -50,9 +51,11 @@ class ScribeProcess:
         except OSError:  # it is gone, and `end` says so
             return
 
-    def end(self, run: str, status: str) -> None:
-        """Closes the run and waits until all of it is written."""
+    def end(self, run: str, status: str, *, wait: bool = True) -> None:
+        """Closes the run; if ``wait``, comes back when all of it is written."""
         self.send({"do": "end", "run": run, "status": status, "at": milliseconds()})
+        if not wait:
+            return
         patience = time.monotonic() + PATIENCE_SECONDS
         while self.alive and time.monotonic() < patience:
             try:
@@ -67,7 +70,7 @@ class ScribeProcess:
         assert self._process.stdin
         try:
             self._process.stdin.close()
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=PATIENCE_SECONDS)
         except (OSError, subprocess.TimeoutExpired):
             self._process.kill()
 

@@ -111,7 +111,7 @@ def track(
         if stage == "prepare":
             _note_data(tracker, layout)
         tracker.flush()
-        scribe.end(run, status)
+        scribe.end(run, status, wait=parent is None)  # the end of the whole waits for its parts too
 
 
 def _start(
@@ -163,6 +163,7 @@ def _tags(stage: str, config: Config, commit: str) -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         **({"dvc.experiment": experiment} if (experiment := os.environ.get(DVC_EXPERIMENT)) else {}),
         "mlflow.user": _user(),
+        "mlflow.note.content": _description(stage, config),
     }
     if stage not in ("prepare", "compare"):
         training = config.pretrain if stage == "pretrain" else config.finetune
@@ -172,6 +173,23 @@ def _tags(stage: str, config: Config, commit: str) -> dict[str, str]:
         tags.update({"git.commit": bare, "git.dirty": str(bare != commit).lower()})
         tags["mlflow.source.git.commit"] = bare
     return tags
+
+
+def _description(stage: str, config: Config) -> str:
+    """A sentence for a person who meets the run in a list."""
+    data, model, budget = config.prepare.train, config.model, config.finetune.forward_passes
+    learns, by = (
+        f"{config.prepare.task} on {data}",
+        f"`{config.finetune.optimizer}` over `{config.finetune.space}`",
+    )
+    before = f"`{config.pretrain.optimizer}` over `{config.pretrain.space}`"
+    return {
+        "prepare": f"Data for {learns}.",
+        "pretrain": f"{model} on the corpus: {before}, {config.pretrain.forward_passes:,} forward passes.",
+        "tune": f"{config.tune.trials} trials of {by}, ranked by validation {config.tune.by}.",
+        "finetune": f"{model} learns {learns}: {by}, {budget:,} forward passes.",
+        "compare": f"Optimizers beside each other: {model}, {learns}, {budget:,} forward passes each.",
+    }.get(stage, f"The held-out test of {model} on {data} after {by}, {budget:,} forward passes.")
 
 
 def _device(config: Config) -> str:
