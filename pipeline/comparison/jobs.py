@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline import runs
 from pipeline.comparison.plan import Plan
@@ -43,7 +44,7 @@ def run_all(plan: Plan, workers: int, parent: str | None, say: Say) -> None:
     Raises:
         UserError: a start could not be made, or a process ended early.
     """
-    with _pool(workers) as pool:
+    with _pool(workers, plan.root / "features") as pool:
         _run(pool, _starts(plan), parent, say, "start", stop=True)
         if plan.tune:
             _run(pool, _studies(plan), parent, say, "tune")
@@ -135,10 +136,10 @@ def _run(
 
 
 @contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each: more threads would give other bits."""
+def _pool(workers: int, features: Path) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each, which share ``features``: more threads would give other bits."""
     with threads_of_each(1):
-        pool = ProcessPoolExecutor(workers, context(), initializer=_begin)
+        pool = ProcessPoolExecutor(workers, context(), initializer=_begin, initargs=(features,))
         try:
             yield pool
         except BrokenProcessPool:
@@ -147,18 +148,20 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin() -> None:
+def _begin(features: Path) -> None:
     import torch
 
     from pipeline.engine.shared import sharing
 
     end_with_parent()
     torch.set_num_threads(1)
-    contextlib.ExitStack().enter_context(sharing())  # for as long as the process lives
+    contextlib.ExitStack().enter_context(sharing(features))  # for as long as the process lives
 
 
 def _do(job: Job, parent: str | None) -> str:
     """Runs the job, or what is left of it; the reason where it is refused."""
+    from pipeline.engine.shared import save
+
     layout = job.layout
     if job.base:
         runs.branch(job.base, layout.root)
@@ -178,6 +181,7 @@ def _do(job: Job, parent: str | None) -> str:
             layout.root.mkdir(parents=True, exist_ok=True)
             (layout.root / ERROR).write_text(str(error), encoding="utf-8")
             return str(error)
+        save()
     return ""
 
 

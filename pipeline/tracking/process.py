@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline.tracking.store import PATIENCE, QUIET, milliseconds
 
-# How long the end of a run, or of this process, waits for the scribe: an import of mlflow and a fresh database
-# take under 20 s on 2 cores.
+# How long the end of a run, or of this process, waits for the scribe: an import of mlflow and a fresh
+# database take under 20 s on 2 cores.
 PATIENCE_SECONDS = 60.0
 
 
