@@ -51,22 +51,26 @@ def work(config: Config, base: Layout, folder: Path, parent: str | None, on_end:
 
 
 def _one_more(study: Study, config: Config, base: Layout, parent: str | None) -> bool:
-    """Runs a trial to its end; whether there was one.
+    """Runs a trial to its end; whether there was one. Those that only miss their end are told it before.
 
     Raises:
         UserError: the task does not measure what trials are ranked by.
     """
-    with study.take(config.tune.trials) as taken:
-        if taken is None:
-            return False
-        try:
-            metrics = _run(config, study, base, taken, parent)
-        except UserError as error:
-            study.fail(taken, str(error))
-        else:
-            study.tell(taken, _value(metrics, config.tune.by))
-            save()
-    return True
+    while True:
+        with study.take(config.tune.trials) as taken:
+            if taken is None:
+                return False
+            layout = runs.branch(base, taken.folder)
+            made = layout.last_written("finetune").is_file()
+            try:
+                metrics = _run(config, study, layout, taken, parent)
+            except UserError as error:
+                study.fail(taken, str(error))
+            else:
+                study.tell(taken, _value(metrics, config.tune.by))
+                save()
+        if not made:
+            return True
 
 
 def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | None, on_end: OnEnd) -> None:
@@ -129,11 +133,10 @@ def _log_of(folder: Path, number: int) -> Path:
     return folder / f"worker-{number}.log"
 
 
-def _run(config: Config, study: Study, base: Layout, taken: Taken, parent: str | None) -> dict[str, Any]:
+def _run(config: Config, study: Study, layout: Layout, taken: Taken, parent: str | None) -> dict[str, Any]:
     """The figures of the trial's run, which is made where it is not there yet."""
     values = assignments(values_of(taken.suggested, study.parameters), config)
     plain = replace(configuration.updated(config, values, source="tune"), tune=TuneConfig())
-    layout = runs.branch(base, taken.folder)
     done = layout.finetuned / "metrics.json"
     if not done.is_file():
         with (
