@@ -33,4 +33,4 @@ def test_plugins_know_the_library_and_not_each_other() -> None:
 
 def test_only_tracking_and_its_ui_know_mlflow() -> None:
     users = [file for file, module in _imports("pipeline") if module.split(".")[0] == "mlflow"]
-    assert {str(file.relative_to(ROOT)) for file in users} == {"pipeline/tracking/scribe.py"}
+    assert {str(file.relative_to(ROOT)) for file in users} == {"pipeline/tracking/book.py"}

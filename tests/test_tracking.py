@@ -82,7 +82,11 @@ def test_evaluate_notes_every_parameter_and_repro_has_a_name(home: Path) -> None
     with track("evaluate", Config(), Layout(home)):
         pass
     assert rows(home, "select name from runs") == [("repro/evaluate",)]
-    assert {key for (key,) in rows(home, "select key from params")} == set(Config().flat())
+    params = dict(rows(home, "select key, value from params"))
+    assert set(params) == set(Config().flat())
+    # what the method takes by itself; it has no sigma
+    names = [f"finetune.{name}" for name in ("epsilon", "learning_rate", "sigma")]
+    assert [params[name] for name in names] == ["0.01", "0.002", ""]
 
 
 def test_prepare_notes_the_data_it_made(home: Path) -> None:

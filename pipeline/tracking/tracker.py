@@ -146,9 +146,25 @@ def _params(stage: str, config: Config) -> dict[str, Any]:
     """What the stage reads: its section and what stands above all; of what is looked for, everything."""
     others = set() if stage in LEADERBOARD else set(SECTIONS) - {stage}
     values = {key: value for key, value in config.flat().items() if key.split(".")[0] not in others}
+    for section in {"pretrain", "finetune"} - others:
+        values |= _as_used(section, config)
     if stage == "compare":
         del values["finetune.optimizer"]  # it has several
     return values
+
+
+def _as_used(section: str, config: Config) -> dict[str, Any]:
+    """The scales that an optimizer takes by itself where none is set; those that it has not are blank."""
+    from pipeline.errors import UserError
+    from pipeline.registry import Spec, defaults_of
+
+    options = getattr(config, section)
+    try:
+        own = defaults_of(Spec.parse(options.optimizer), Spec.parse(options.space).backend)
+    except UserError:  # whoever runs it says so
+        own = {}
+    scales = {name: getattr(options, name) for name in ("epsilon", "sigma", "learning_rate")}
+    return {f"{section}.{name}": own.get(name, "") if set_ is None else set_ for name, set_ in scales.items()}
 
 
 def _tags(stage: str, config: Config, commit: str) -> dict[str, str]:
