@@ -147,7 +147,7 @@ class Config:
     device: str = "auto"
     # The weights' precision: float32, bfloat16, float16, or auto, the model's own. A task's head is float32.
     dtype: str = "float32"
-    # The model to start from: package:NAME, a local directory, or a hub id.
+    # The model to start from: package:NAME, a local directory, a GGUF file, or a hub id.
     model: str = "package:minilm"
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
