@@ -93,10 +93,15 @@ class PretrainConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """Transfer to the task."""
 
-    # How many of the last layers' states are averaged into a text's features.
+    # How many of the last layers' states are averaged into a text's features, for a head.
     pooled_layers: int = within(1, 1)
-    # A sentence per label that describes it; its embedding starts the head. null writes '{label}' itself.
+    # A sentence per label that describes it; its embedding starts a head. null writes '{label}' itself.
     descriptions: dict[str, str] | None = None
+    # A prompt that the language model completes with a label's word: {text} is the text, and {mask}, for a
+    # masked model, is the word's place; null classifies by a head over the text's features instead.
+    template: str | None = None
+    # The word of each label in the template, one token to the model; null takes the label after a space.
+    verbalizers: dict[str, str] | None = None
     # Stop after this many evaluations without a better validation loss; 0 never stops early.
     patience: int = within(0, 0)
 
@@ -188,7 +193,10 @@ def with_yardstick(config: Config, optimizer: str = YARDSTICK) -> Config:
     return dataclasses.replace(config, finetune=finetune)
 
 
-MAPPINGS = ("finetune.descriptions",)  # parameters whose own keys can be set one by one
+MAPPINGS = (
+    "finetune.descriptions",
+    "finetune.verbalizers",
+)  # parameters whose own keys can be set one by one
 SECTIONS = ("prepare", "pretrain", "tune", "finetune", "evaluate")
 
 

@@ -142,9 +142,13 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def pass_through(reference: str, folder: Path) -> None:
-    """Saves a model without a head, and its tokenizer, as they come."""
+    """Saves a model and its tokenizer as they come: with a language-modelling head where it was trained."""
     location = locate(reference)
-    save_model(load_encoder(location, "auto"), folder)
+    try:
+        model, drawn = _language_model(location, self_supervised_task(location), 0, "auto")
+    except UserError:  # an architecture that has none
+        drawn = True
+    save_model(load_encoder(location, "auto") if drawn else model, folder)
     load_tokenizer(location).save_pretrained(str(folder))
 
 
@@ -158,6 +162,12 @@ def load_language_model(location: str, task: str, seed: int, dtype: str = "float
     Raises:
         UserError: the model cannot be loaded, or has no such head.
     """
+    model, _ = _language_model(location, task, seed, dtype)
+    return model
+
+
+def _language_model(location: str, task: str, seed: int, dtype: str) -> tuple[PreTrainedModel, bool]:
+    """`load_language_model`, and whether a part of it was drawn."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     if task == "clm" and self_supervised_task(location) == "mlm":
@@ -165,15 +175,22 @@ def load_language_model(location: str, task: str, seed: int, dtype: str = "float
             f"{location} reads its text in both directions, so the next token is no secret to it: "
             "use pretrain.task=mlm"
         )
-    auto = AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
+    auto: Any = AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
+    model: PreTrainedModel
     with loading(location), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = auto.from_pretrained(
-            location, use_safetensors=True, dtype=choose_dtype(dtype)
+        model, info = auto.from_pretrained(
+            location, use_safetensors=True, dtype=choose_dtype(dtype), output_loading_info=True
         )
         prompt.load_prompt(model.base_model, Path(location))
     model.eval()
-    return model
+    return model, bool(info["missing_keys"])
+
+
+def has_language_head(location: str) -> bool:
+    """Whether the model in a directory was saved with its language-modelling head."""
+    names = load_config(location).architectures or ()
+    return any(name.endswith(("MaskedLM", "CausalLM", "LMHeadModel", "ForPreTraining")) for name in names)
 
 
 def self_supervised_task(location: str) -> str:
