@@ -44,6 +44,9 @@ class PrepareConfig:
     validation_size: int = within(0, 1000)
     # Examples held out for the test where no file is given.
     test_size: int = within(0, 1000)
+    # Few-shot: so many examples of each label to train on, and as many to validate, drawn by the seed; null
+    # takes all. The test stays whole, and the corpus has all training texts, without their labels.
+    shots: int | None = within(1, None)
     # Texts of the corpus held out to measure pretraining.
     corpus_validation_size: int = within(1, 500)
 
