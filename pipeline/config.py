@@ -133,7 +133,8 @@ class TuneConfig:
 class EvaluateConfig:
     """The held-out test, and what the result stands beside."""
 
-    # Majority, zero-shot and linear probe beside the result, and AdamW.
+    # Majority, zero-shot, in-context (a causal model in a template) and linear probe beside the result, and
+    # AdamW.
     baselines: bool = True
     # AdamW among them.
     adamw: bool = True

@@ -20,8 +20,10 @@ from pipeline.models import load_language_model, load_tokenizer
 from pipeline.optimizer import Candidate, Explicit, LowRank, Seeded
 from pipeline.registry import Spec
 from pipeline.space import Space, parse
-from pipeline.tasks.base import Batch
+from pipeline.tasks import in_context as in_context_module
+from pipeline.tasks.base import Batch, Start
 from pipeline.tasks.classification import ClassificationData
+from pipeline.tasks.in_context import in_context
 from pipeline.tasks.prompted import PromptedClassifier, Prompting
 from pipeline.tasks.template import Template
 from pipeline.trainer import Training, train
@@ -308,6 +310,7 @@ def test_a_whole_run_and_its_replay(
     folder = tmp_path / "runs" / "mine"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"test/accuracy", "zero_shot/accuracy", "linear_probe/accuracy", "adamw/accuracy"} <= set(metrics)
+    assert ("in_context/accuracy" in metrics) == (family != "bert")
     said = json.loads((folder / "models" / "finetuned" / "prompted.json").read_text())
     assert said["words"] == [" bad", " good"]
     assert "identical" in pipeline("replay", "mine", home=tmp_path).stdout
@@ -331,3 +334,51 @@ def test_words_without_a_template_are_refused(bert: Path, table: Path, tmp_path:
     done = pipeline(*given, "-S", "pretrain.enabled=false", *template, home=tmp_path)
     assert done.returncode == 2
     assert "finetune.verbalizers: the model does not know ' down'; give another word" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_in_context_is_the_plain_model_after_solved_texts(
+    family: str, made: Made, folder_of: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without keys that are kept: demonstrations and text as one row, one at a time."""
+    model, test = made(family)
+    tokenizer = load_tokenizer(str(folder_of[family]))
+    model.save(tmp_path, tokenizer)
+    train = [_drawn_batch(test, [2, 5]), _drawn_batch(test, [7, 1])]
+    start = Start(model, tokenizer, lambda step: train[step], [test], [test], [test])
+    monkeypatch.setattr(in_context_module, "DEMONSTRATIONS", 3)
+    monkeypatch.setattr(in_context_module, "_TOKENS", 64)  # several pieces
+    figures = in_context(start)
+    assert figures is not None
+    assert figures["demonstrations"] == 3
+    shown: list[int] = []
+    for row in (2, 5, 7):
+        mask = test.inputs["attention_mask"][row].bool()
+        shown += [*test.inputs["input_ids"][row][mask].tolist()]
+        shown += [model.prompting.tokens[int(test.targets[row])]]
+    before = torch.tensor(shown).expand(8, -1)
+    whole = {
+        "input_ids": torch.cat((before, test.inputs["input_ids"]), 1),
+        "attention_mask": torch.cat((torch.ones_like(before), test.inputs["attention_mask"]), 1),
+    }
+    logits = plainly(tmp_path, Batch(whole, test.targets), model.prompting)
+    assert figures["loss"] == pytest.approx(float(cross_entropy(logits, test.targets)), rel=1e-4)
+    assert figures["accuracy"] == float((logits.argmax(-1) == test.targets).double().mean())
+    # as many as fit: 64 positions
+    monkeypatch.setattr(in_context_module, "DEMONSTRATIONS", 4)
+    longest = whole["input_ids"].shape[1] - len(shown)
+    model.model.config.max_position_embeddings = len(shown) + longest
+    fitting = in_context(start)
+    assert fitting is not None
+    assert fitting["demonstrations"] == 3
+
+
+def _drawn_batch(batch: Batch, rows: list[int]) -> Batch:
+    inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
+    return Batch(inputs, batch.targets[rows], examples=tuple(rows))
+
+
+def test_a_masked_model_has_no_context_to_learn_from(made: Made, bert: Path) -> None:
+    model, batch = made("bert")
+    start = Start(model, load_tokenizer(str(bert)), lambda step: batch, [batch], [batch], [batch])
+    assert in_context(start) is None

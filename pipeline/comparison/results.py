@@ -20,7 +20,12 @@ from pipeline.layout import Layout
 from pipeline.stage import read_metrics
 from pipeline.trajectory import FILE
 
-YARDSTICKS = {"majority": "majority", "zero_shot": "zero-shot", "linear_probe": "linear probe"}
+YARDSTICKS = {
+    "majority": "majority",
+    "zero_shot": "zero-shot",
+    "in_context": "in-context",
+    "linear_probe": "linear probe",
+}
 METRIC = "accuracy"
 
 

@@ -33,6 +33,7 @@ from pipeline.tasks.classification import (
     said_of,
     start_head,
 )
+from pipeline.tasks.in_context import in_context
 from pipeline.tasks.language_modelling import CorpusData, LanguageModel, validation_batches
 from pipeline.tasks.prompted import PROMPTED_FILE, PromptedClassifier, Prompting
 from pipeline.tasks.template import Template
@@ -83,10 +84,15 @@ class Classification:
         return PromptedClassifier.load(folder) if prompted else TextClassifier.load(folder)
 
     def yardsticks(self, start: Start) -> dict[str, dict[str, float]]:
-        """The most frequent label, the classifier as it starts, and a linear probe on its features."""
+        """The most frequent label, the classifier as it starts, and a linear probe on its features.
+
+        A causal model in a template also learns in context.
+        """
+        shown = in_context(start)
         return {
             "majority": majority(start.train, start.test),
             "zero_shot": measure_with_interval(start.model, start.test),
+            **({"in_context": shown} if shown else {}),
             "linear_probe": linear_probe(start.model, start.train, start.validation, start.test),
         }
 
