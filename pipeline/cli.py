@@ -360,7 +360,7 @@ def configure(
 ) -> Any:
     """Parameters of a run: the file's, those found by tuning, then the user's data, then flags, then ``-S``.
 
-    ``--train`` replaces the data as a whole: the default's label descriptions and corpora are not its own.
+    ``--train`` replaces the data as a whole: the default's words for labels and its corpora are not its own.
     """
     from pipeline import config as configuration
     from pipeline.layout import project_root
@@ -378,7 +378,7 @@ def configure(
     applied: dict[str, Any] = {}
     if files.get("train") is not None:
         applied = {f"prepare.{key}": None for key in ("validation", "test", "text", "label")}
-        applied |= {"prepare.corpus": ["task"], "finetune.descriptions": None}
+        applied |= {"prepare.corpus": ["task"], "finetune.descriptions": None, "finetune.verbalizers": None}
     for key, value in files.items():
         if value is not None:
             applied[f"prepare.{key}"] = value if key in ("text", "label") else _absolute(value)

@@ -44,6 +44,9 @@ class PrepareConfig:
     validation_size: int = within(0, 1000)
     # Examples held out for the test where no file is given.
     test_size: int = within(0, 1000)
+    # Few-shot: so many examples of each label to train on, and as many to validate, drawn by the seed; null
+    # takes all. The test stays whole, and the corpus has all training texts, without their labels.
+    shots: int | None = within(1, None)
     # Texts of the corpus held out to measure pretraining.
     corpus_validation_size: int = within(1, 500)
 
@@ -93,10 +96,15 @@ class PretrainConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """Transfer to the task."""
 
-    # How many of the last layers' states are averaged into a text's features.
+    # How many of the last layers' states are averaged into a text's features, for a head.
     pooled_layers: int = within(1, 1)
-    # A sentence per label that describes it; its embedding starts the head. null writes '{label}' itself.
+    # A sentence per label that describes it; its embedding starts a head. null writes '{label}' itself.
     descriptions: dict[str, str] | None = None
+    # A prompt that the language model completes with a label's word: {text} is the text, and {mask}, for a
+    # masked model, is the word's place; null classifies by a head over the text's features instead.
+    template: str | None = None
+    # The word of each label in the template, one token to the model; null takes the label after a space.
+    verbalizers: dict[str, str] | None = None
     # Stop after this many evaluations without a better validation loss; 0 never stops early.
     patience: int = within(0, 0)
 
@@ -125,7 +133,8 @@ class TuneConfig:
 class EvaluateConfig:
     """The held-out test, and what the result stands beside."""
 
-    # Majority, zero-shot and linear probe beside the result, and AdamW.
+    # Majority, zero-shot, in-context (a causal model in a template) and linear probe beside the result, and
+    # AdamW.
     baselines: bool = True
     # AdamW among them.
     adamw: bool = True
@@ -147,7 +156,7 @@ class Config:
     device: str = "auto"
     # The weights' precision: float32, bfloat16, float16, or auto, the model's own. A task's head is float32.
     dtype: str = "float32"
-    # The model to start from: package:NAME, a local directory, or a hub id.
+    # The model to start from: package:NAME, a local directory, a GGUF file, or a hub id.
     model: str = "package:minilm"
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -188,7 +197,10 @@ def with_yardstick(config: Config, optimizer: str = YARDSTICK) -> Config:
     return dataclasses.replace(config, finetune=finetune)
 
 
-MAPPINGS = ("finetune.descriptions",)  # parameters whose own keys can be set one by one
+MAPPINGS = (
+    "finetune.descriptions",
+    "finetune.verbalizers",
+)  # parameters whose own keys can be set one by one
 SECTIONS = ("prepare", "pretrain", "tune", "finetune", "evaluate")
 
 

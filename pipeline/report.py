@@ -47,10 +47,11 @@ class Row:
 
 
 def rows(metrics: dict[str, Any], result: str = "this run") -> list[Row]:
-    """Majority, zero-shot, linear probe, the run itself and AdamW, as far as there are figures."""
+    """The yardsticks without training, the run itself and AdamW, as far as there are figures."""
     prefixes = {
         "majority": "majority",
         "zero_shot": "zero-shot",
+        "in_context": "in-context",
         "linear_probe": "linear probe",
         "test": result,
         "adamw": "AdamW (gradients)",

@@ -70,7 +70,7 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
         UserError: whatever it finds.
     """
     from pipeline.data.prepare import check_sources
-    from pipeline.models import choose_device, choose_dtype, locate
+    from pipeline.models import check, choose_device, choose_dtype
     from pipeline.optimizer import Problem
     from pipeline.registry import create
     from pipeline.space import parse
@@ -80,8 +80,7 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     choose_dtype(config.dtype)
     if "prepare" in stages:
         check_sources(config)
-    if not config.model.startswith("package:"):
-        locate(config.model)
+    check(config.model)
     if config.pretrain.enabled and config.pretrain.task != "auto":
         task(config, "pretrain")
     if config.prepare.task != "none":

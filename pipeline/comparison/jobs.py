@@ -19,7 +19,12 @@ from pipeline.processes import context, end_with_parent, threads_of_each
 from pipeline.stage import read_metrics
 
 LOG, ERROR = "log.txt", "error.txt"
-YARDSTICKS = {"majority": "majority", "zero_shot": "zero-shot", "linear_probe": "linear probe"}
+YARDSTICKS = {
+    "majority": "majority",
+    "zero_shot": "zero-shot",
+    "in_context": "in-context",
+    "linear_probe": "linear probe",
+}
 Say = Callable[[str], None]
 
 

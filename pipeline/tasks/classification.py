@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.batching import pad
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_FILE, HEAD_CONFIG = "classifier.safetensors", "classifier.json"
@@ -116,13 +115,12 @@ class TextClassifier(TaskModel):
 
 
 class ClassificationData:
-    """One split, tokenized once; batches by number, padded to their own longest text."""
+    """One split, its texts as ids; batches by number, padded to their own longest text."""
 
-    def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        texts = list(rows["text"])
-        self._tokens = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        self._pad = tokenizer.pad_token_id
-        self.labels = np.asarray(rows["label"], dtype=np.int64)
+    def __init__(self, tokens: Sequence[Sequence[int]], labels: Sequence[int], pad_id: int) -> None:
+        self._tokens = tokens
+        self._pad = pad_id
+        self.labels = np.asarray(labels, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -139,22 +137,22 @@ class ClassificationData:
         return [self.batch(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
 
 
-def describe(labels: Sequence[str], descriptions: dict[str, Any] | None) -> list[str]:
-    """A sentence per label: the one given, or the label's own words.
+def said_of(labels: Sequence[str], given: dict[str, str] | None, parameter: str) -> list[str]:
+    """A text per label: the one given by ``parameter``, or the label's own words.
 
     Raises:
-        UserError: descriptions that do not fit the labels.
+        UserError: texts that do not fit the labels.
     """
-    if not descriptions:
+    if not given:
         return [label.replace("_", " ") for label in labels]
-    for name in descriptions:
+    for name in given:
         if name not in labels:
             hint = nearest(str(name), labels) or f"; the labels are {', '.join(labels)}"
-            raise UserError(f"finetune.descriptions names the label '{name}', which the data has not{hint}")
-    missing = [label for label in labels if label not in descriptions]
+            raise UserError(f"{parameter} names the label '{name}', which the data has not{hint}")
+    missing = [label for label in labels if label not in given]
     if missing:
-        raise UserError(f"finetune.descriptions says nothing of the label '{missing[0]}'")
-    return [str(descriptions[label]) for label in labels]
+        raise UserError(f"{parameter} says nothing of the label '{missing[0]}'")
+    return [str(given[label]) for label in labels]
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,27 +14,33 @@ from pipeline.evaluation import linear_probe, majority, measure_with_interval
 from pipeline.layout import Layout
 from pipeline.models import (
     choose_device,
+    has_language_head,
     load_config,
     load_encoder,
     load_language_model,
     load_tokenizer,
     locate,
+    self_supervised_task,
 )
 from pipeline.noise import derive
 from pipeline.prompt import stored_tokens
 from pipeline.space import parse
-from pipeline.tasks.base import Batch, Start
+from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled
 from pipeline.tasks.classification import (
     START_FILE,
     ClassificationData,
     TextClassifier,
-    describe,
+    said_of,
     start_head,
 )
+from pipeline.tasks.in_context import in_context
 from pipeline.tasks.language_modelling import CorpusData, LanguageModel, validation_batches
+from pipeline.tasks.prompted import PROMPTED_FILE, PromptedClassifier, Prompting
+from pipeline.tasks.template import Template
 
 if TYPE_CHECKING:
+    from datasets import DatasetDict
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -41,7 +48,7 @@ _SAMPLE = 256  # training texts that set the head's scale and bias
 
 
 class Classification:
-    """Text classification by the pretrained encoder, under a head that starts from label descriptions."""
+    """Text classification: by the language model in a template's words, or by a head over its features."""
 
     reads: ClassVar[str] = "task"
 
@@ -49,43 +56,25 @@ class Classification:
         """The classifier before training, which is also the zero-shot one. Its head is kept in ``folder``.
 
         Raises:
-            UserError: an earlier stage has not run, or descriptions that do not fit the labels.
+            UserError: an earlier stage has not run, or parameters that do not fit the labels or the model.
         """
         if not (layout.pretrained / "config.json").is_file():
             raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
         options, location = config.finetune, str(layout.pretrained)
         rows, tokenizer = load_task(layout), load_tokenizer(location)
-        encoder = load_encoder(location, config.dtype)
         _check_length("finetune", options, tokenizer, location)
-        if not 1 <= options.pooled_layers <= encoder.config.num_hidden_layers:
-            raise UserError(
-                f"finetune.pooled_layers is {options.pooled_layers}; "
-                f"the model has {encoder.config.num_hidden_layers} layers"
-            )
-        labels = rows["train"].features["label"].names
-        about = (str(layout.prepared.resolve()), str(layout.pretrained.resolve()), options.max_length)
-        data = shared.once(
-            ("tokenized", *about),
-            lambda: {split: ClassificationData(rows[split], tokenizer, options.max_length) for split in rows},
-        )
+        prompted = options.template is not None
+        model, tokens = (_prompted if prompted else _described)(config, location, rows, tokenizer)
+        data = {
+            split: ClassificationData(tokens[split], rows[split]["label"], tokenizer.pad_token_id)
+            for split in rows
+        }
         train = data["train"]
-        model = TextClassifier(encoder, encoder.config.hidden_size, labels, options.pooled_layers)
         model.eval().to(choose_device(config.device))
-        head = folder / START_FILE if folder else None
-        if head and head.is_file():
-            model.load_head(head)
-        else:
-            sentences = describe(labels, options.descriptions)
-
-            def from_sentences() -> dict[str, Tensor]:
-                sample = train.batch(shuffled(len(train), _SAMPLE, derive(config.seed, 7), 0))
-                start_head(model, tokenizer, sentences, sample)
-                return model.head()
-
-            how = (*sentences, config.seed, config.dtype, config.device, options.pooled_layers)
-            model.set_head(shared.once(("head", *about, *how), from_sentences))
-            if head:
-                model.save_head(head)
+        if isinstance(model, TextClassifier):
+            sample = train.batch(shuffled(len(train), _SAMPLE, derive(config.seed, 7), 0))
+            read = (str(layout.prepared.resolve()), str(layout.pretrained.resolve()))
+            _start_head(model, config, tokenizer, sample, folder, read)
 
         def batch(step: int) -> Batch:
             return train.batch(shuffled(len(train), options.batch_size, config.seed, step))
@@ -93,16 +82,102 @@ class Classification:
         whole = {split: data[split].by_length(options.batch_size) for split in data}
         return Start(model, tokenizer, batch, whole["validation"], whole["train"], whole["test"])
 
-    def load(self, folder: Path) -> TextClassifier:
-        return TextClassifier.load(folder)
+    def load(self, folder: Path) -> TaskModel:
+        prompted = (folder / PROMPTED_FILE).is_file()
+        return PromptedClassifier.load(folder) if prompted else TextClassifier.load(folder)
 
     def yardsticks(self, start: Start) -> dict[str, dict[str, float]]:
-        """The most frequent label, the classifier as it starts, and a linear probe on its features."""
+        """The most frequent label, the classifier as it starts, and a linear probe on its features.
+
+        A causal model in a template also learns in context.
+        """
+        shown = in_context(start)
         return {
             "majority": majority(start.train, start.test),
             "zero_shot": measure_with_interval(start.model, start.test),
+            **({"in_context": shown} if shown else {}),
             "linear_probe": linear_probe(start.model, start.train, start.validation, start.test),
         }
+
+
+_Tokens = dict[str, list[list[int]]]
+
+
+def _described(
+    config: Config, location: str, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TaskModel, _Tokens]:
+    """A classifier by a head over the encoder's features, not started yet, and each split's texts."""
+    options = config.finetune
+    if options.verbalizers:
+        raise UserError(
+            "finetune.verbalizers are words for a template: set finetune.template, or leave them out"
+        )
+    encoder = load_encoder(location, config.dtype)
+    if not 1 <= options.pooled_layers <= encoder.config.num_hidden_layers:
+        raise UserError(
+            f"finetune.pooled_layers is {options.pooled_layers}; "
+            f"the model has {encoder.config.num_hidden_layers} layers"
+        )
+    tokens = {
+        split: tokenizer(list(rows[split]["text"]), truncation=True, max_length=options.max_length)[
+            "input_ids"
+        ]
+        for split in rows
+    }
+    labels = rows["train"].features["label"].names
+    return TextClassifier(encoder, encoder.config.hidden_size, labels, options.pooled_layers), tokens
+
+
+def _start_head(
+    model: TextClassifier,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Batch,
+    folder: Path | None,
+    read: tuple[str, str],
+) -> None:
+    """The head as ``folder`` has it; else from the labels' descriptions, and kept there.
+
+    Runs of one process that ``read`` the same data and model share it.
+    """
+    head = folder / START_FILE if folder else None
+    if head and head.is_file():
+        model.load_head(head)
+        return
+    options = config.finetune
+    descriptions = said_of(model.labels, options.descriptions, "finetune.descriptions")
+
+    def started() -> dict[str, Tensor]:
+        start_head(model, tokenizer, descriptions, sample)
+        return model.head()
+
+    how = (config.seed, config.dtype, config.device, options.pooled_layers, options.max_length)
+    model.set_head(shared.once(("head", *read, *descriptions, *how), started))
+    if head:
+        model.save_head(head)
+
+
+def _prompted(
+    config: Config, location: str, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TaskModel, _Tokens]:
+    """A classifier by the words of a template, and each split's texts in it."""
+    options, kind = config.finetune, self_supervised_task(location)
+    assert options.template is not None
+    if not has_language_head(location):
+        warnings.warn(
+            f"{config.model} comes without a trained language-modelling head: what it says of a template "
+            "is noise until it is trained",
+            stacklevel=2,
+        )
+    template = Template(options.template, tokenizer, masked=kind == "mlm")
+    labels = rows["train"].features["label"].names
+    words = said_of(labels, options.verbalizers, "finetune.verbalizers")
+    if not options.verbalizers:
+        words = [f" {word}" for word in words]
+    prompting = Prompting(kind, options.template, labels, words, template.words(words), template.answer)
+    tokens = {split: template.tokens(list(rows[split]["text"]), options.max_length) for split in rows}
+    loaded = load_language_model(location, kind, derive(config.seed, 6), config.dtype)
+    return PromptedClassifier(loaded, prompting), tokens
 
 
 class _LanguageModelling:

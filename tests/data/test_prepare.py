@@ -72,6 +72,21 @@ def test_neither_seed_nor_row_order_changes_a_byte(tmp_path: Path) -> None:
     assert one == other
 
 
+def test_few_shots_leave_the_test_and_the_corpus_whole(tmp_path: Path) -> None:
+    source = write(tmp_path / "mine.csv", lines(300))
+    made = {}
+    for name, seed, shots in (("all", 0, None), ("few", 0, 8), ("others", 1, 8)):
+        made[name] = Layout(tmp_path / name)
+        prepare(config(seed, train=source, validation_size=60, test_size=60, shots=shots), made[name])
+    tasks = {name: load_task(layout) for name, layout in made.items()}
+    for name in ("few", "others"):
+        assert [len(split) for split in tasks[name].values()] == [16, 16, 60]
+        assert tasks[name]["test"]["text"] == tasks["all"]["test"]["text"]
+        assert load_corpus(made[name])["train"]["text"] == load_corpus(made["all"])["train"]["text"]
+    assert set(tasks["few"]["train"]["text"]) != set(tasks["others"]["train"]["text"])
+    assert "few-shot: 8 of each label" in (made["few"].prepared / "card.md").read_text(encoding="utf-8")
+
+
 def test_the_hash_covers_labels_and_texts(tmp_path: Path, layout: Layout) -> None:
     hashes = []
     for rows in (lines(60), [*lines(59), "Another,Yes"], [*lines(59), "Another,no"]):

@@ -7,7 +7,15 @@ from collections import Counter
 
 import pytest
 
-from pipeline.data.splits import Example, TaskSplits, content_hash, normalise, split_corpus, split_task
+from pipeline.data.splits import (
+    Example,
+    TaskSplits,
+    content_hash,
+    few_shot,
+    normalise,
+    split_corpus,
+    split_task,
+)
 from pipeline.errors import UserError
 
 Rows = list[Example]
@@ -173,3 +181,27 @@ def test_content_hash_sees_order_and_borders() -> None:
     hashes = [content_hash(x) for x in (["ab", "c"], ["a", "bc"], ["c", "ab"])]
     hashes += [content_hash(["ab", "c"], x) for x in (["1", "2"], ["2", "1"])]
     assert len(set(hashes)) == 5
+
+
+def test_few_shots_are_so_many_of_each_label_and_the_test_stays() -> None:
+    whole = split_task(rows(600, "abb"), None, None, 90, 90)
+    drawn = few_shot(whole, 16, seed=3)
+    for examples, pool in ((drawn.train, whole.train), (drawn.validation, whole.validation)):
+        assert Counter(example.label for example in examples) == {"a": 16, "b": 16}
+        assert set(examples) <= set(pool)
+    assert drawn.test == whole.test
+    assert_apart(drawn)
+    assert few_shot(whole, 16, seed=3) == drawn
+    other = few_shot(whole, 16, seed=4)
+    assert other.test == drawn.test
+    assert len(set(other.train) & set(drawn.train)) < 16
+    # more shots with the same seed hold the fewer
+    assert set(drawn.train) < set(few_shot(whole, 20, seed=3).train)
+    assert "few-shot: 16 of each label drawn by the seed 3, out of 420 training rows" in drawn.notes
+
+
+def test_more_shots_than_rows_is_one_line_and_validation_takes_what_there_is() -> None:
+    whole = split_task(rows(600, "abb"), None, None, 30, 90)
+    with pytest.raises(UserError, match=r"prepare\.shots is 200, but the label 'a' has 160 training rows"):
+        few_shot(whole, 200, seed=0)
+    assert Counter(e.label for e in few_shot(whole, 16, seed=0).validation) == {"a": 10, "b": 16}

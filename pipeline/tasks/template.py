@@ -1,0 +1,134 @@
+"""A text in a template, which a language model completes with a word for its label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEXT, MASK = "{text}", "{mask}"
+
+
+class Template:
+    """What stands around a text, for one model's tokenizer.
+
+    ``answer`` is where among a text's tokens the word is predicted: an index from the start, or a negative
+    one from the end. It is the same for every text, since what is cut is the text and never the template.
+
+    Raises:
+        UserError: ``template`` lacks ``{text}``, or has or lacks ``{mask}`` against the kind of model.
+    """
+
+    def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, *, masked: bool) -> None:
+        shown = template.replace("\n", "\\n")
+        if template.count(TEXT) != 1:
+            raise UserError(f"finetune.template '{shown}' must hold {TEXT} once")
+        if masked and template.count(MASK) != 1:
+            raise UserError(
+                f"finetune.template '{shown}' must hold {MASK} once, where the word goes: "
+                "the model is a masked one"
+            )
+        if not masked and MASK in template:
+            raise UserError(
+                f"finetune.template '{shown}' holds {MASK}, but the model is a causal one: "
+                "the word goes to the template's end"
+            )
+        self._tokenizer = tokenizer
+        self._masked = masked
+        self._before, self._after = template.replace(MASK, str(tokenizer.mask_token)).split(TEXT)
+        self.answer = self._find_answer(template) if masked else -1
+
+    def _find_answer(self, template: str) -> int:
+        ids = self._encoded(self._around("a"))
+        place = ids.index(self._tokenizer.mask_token_id)
+        return place if template.index(MASK) < template.index(TEXT) else place - len(ids)
+
+    def _around(self, text: str) -> str:
+        return self._before + text + self._after
+
+    def _encoded(self, text: str) -> list[int]:
+        return self._all_encoded([text])[0]
+
+    def _all_encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """A causal model's end stays open, whatever its tokenizer would close it with."""
+        found = self._tokenizer(list(texts), return_special_tokens_mask=True, verbose=False)
+        rows = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
+        return [list(ids) if self._masked else ids[: _open_end(special)] for ids, special in rows]
+
+    def tokens(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """Each text in the template, as ids; of a text that is too long the end is cut.
+
+        Raises:
+            UserError: the template alone is longer than ``max_length``.
+        """
+        least = len(self._encoded(self._around("")))
+        if least >= max_length:
+            raise UserError(
+                f"finetune.template takes {least} tokens, which leaves no room for a text: "
+                f"finetune.max_length is {max_length}"
+            )
+        rows = self._all_encoded([self._around(text) for text in texts])
+        return [
+            ids if len(ids) <= max_length else self._cut(text, max_length)
+            for ids, text in zip(rows, texts, strict=True)
+        ]
+
+    def _cut(self, text: str, max_length: int) -> list[int]:
+        """As many of the text's tokens as there is room for: characters are cut, so that what is left is
+        encoded as it would be in any template."""
+        given = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = [0, *(end for _, end in given["offset_mapping"])]
+        kept = len(ends) - 1
+        while True:
+            ids = self._encoded(self._around(text[: ends[kept]]))
+            if len(ids) <= max_length or not kept:
+                return ids
+            kept = max(0, kept - (len(ids) - max_length))
+
+    def words(self, words: Sequence[str]) -> list[int]:
+        """The token of each word where the template has its place.
+
+        Raises:
+            UserError: a word of several tokens or none, or one that the model does not know; two alike.
+        """
+        ids = [self._word(word) for word in words]
+        for i, word in enumerate(words):
+            if ids[i] in ids[:i]:
+                raise UserError(
+                    f"finetune.verbalizers: '{words[ids.index(ids[i])]}' and '{word}' are one and the same "
+                    "token to the model"
+                )
+        return ids
+
+    def _word(self, word: str) -> int:
+        if self._masked:
+            ids: list[int] = self._tokenizer(word, add_special_tokens=False)["input_ids"]
+        else:
+            prompt, whole = self._encoded(self._around("a")), self._encoded(self._around("a") + word)
+            if whole[: len(prompt)] != prompt:
+                raise UserError(
+                    f"finetune.verbalizers: '{word}' would melt into the template's end; "
+                    "begin it with a space"
+                )
+            ids = whole[len(prompt) :]
+        if len(ids) != 1:
+            parts = ", ".join(f"'{self._tokenizer.decode([each])}'" for each in ids)
+            raise UserError(
+                f"finetune.verbalizers: '{word}' is {len(ids)} tokens to the model ({parts}); "
+                "give a word that is one"
+            )
+        if ids[0] == self._tokenizer.unk_token_id:
+            raise UserError(f"finetune.verbalizers: the model does not know '{word}'; give another word")
+        return ids[0]
+
+
+def _open_end(special: Sequence[int]) -> int:
+    """How many tokens there are before the special ones at the end."""
+    length = len(special)
+    while length and special[length - 1]:
+        length -= 1
+    return length
