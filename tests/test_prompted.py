@@ -270,8 +270,6 @@ def test_a_long_text_is_cut_and_the_template_is_whole(gpt2: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "masked", "error"),
     [
-        ("it was", False, "must hold {text} once"),
-        ("{text} {text}", False, "must hold {text} once"),
         ("{text} it was {mask}", False, "the model is a causal one"),
         ("{text} it was", True, "must hold {mask} once"),
     ],
@@ -330,6 +328,11 @@ def test_words_without_a_template_are_refused(bert: Path, table: Path, tmp_path:
     done = pipeline(*given, "-S", "pretrain.enabled=false", *WORDS_GIVEN, home=tmp_path)
     assert done.returncode == 2
     assert "finetune.verbalizers are words for a template: set finetune.template" in done.stderr
+    for wrong in ("it was", "{text} and {text}"):
+        done = pipeline(*given, "-S", f"finetune.template='{wrong}'", home=tmp_path)
+        assert done.returncode == 2
+        assert f"finetune.template '{wrong}' must hold {{text}} once" in done.stderr
+    assert not (tmp_path / "runs").exists()  # seen before anything was computed
     template = ["-S", "finetune.template='{text} it was {mask}'"]
     done = pipeline(*given, "-S", "pretrain.enabled=false", *template, home=tmp_path)
     assert done.returncode == 2
