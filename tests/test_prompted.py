@@ -16,7 +16,13 @@ from torch.nn.functional import cross_entropy
 from pipeline.engine import scorer
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.models import load_language_model, load_tokenizer
+from pipeline.models import (
+    has_language_head,
+    load_encoder,
+    load_language_model,
+    load_tokenizer,
+    pass_through,
+)
 from pipeline.optimizer import Candidate, Explicit, LowRank, Seeded
 from pipeline.registry import Spec
 from pipeline.space import Space, parse
@@ -385,3 +391,34 @@ def test_a_masked_model_has_no_context_to_learn_from(made: Made, bert: Path) -> 
     model, batch = made("bert")
     start = Start(model, load_tokenizer(str(bert)), lambda step: batch, [batch], [batch], [batch])
     assert in_context(start) is None
+
+
+def test_a_model_passes_through_with_the_head_it_was_trained_with(
+    folder_of: dict[str, Path], tmp_path: Path
+) -> None:
+    for family in ("bert", "llama"):
+        kind = "mlm" if family == "bert" else "clm"
+        pass_through(str(folder_of[family]), tmp_path / family)
+        assert has_language_head(str(tmp_path / family))
+        before = load_language_model(str(folder_of[family]), kind, 0).state_dict()
+        after = load_language_model(str(tmp_path / family), kind, 1).state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    load_encoder(str(folder_of["bert"])).save_pretrained(tmp_path / "headless")
+    load_tokenizer(str(folder_of["bert"])).save_pretrained(tmp_path / "headless")
+    pass_through(str(tmp_path / "headless"), tmp_path / "passed")
+    assert not has_language_head(str(tmp_path / "passed"))
+
+
+def test_few_shots_without_a_trained_head_run_and_say_so(bert: Path, table: Path, tmp_path: Path) -> None:
+    headless = tmp_path / "headless"
+    load_encoder(str(bert)).save_pretrained(headless)
+    load_tokenizer(str(bert)).save_pretrained(headless)
+    given = ["run", "--train", str(table), "--text", "review", "--label", "verdict", "--name", "mine"]
+    given += [*small(headless), "-S", "pretrain.enabled=false", "-S", "prepare.shots=3", *WORDS_GIVEN]
+    given += ["-S", "finetune.space=head", "-S", "finetune.template='{text} it was {mask}'", "--no-baselines"]
+    with pytest.warns(UserWarning, match="comes without a trained language-modelling head"):
+        done = pipeline(*given, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "few-shot: 3 of each label drawn by the seed 0" in done.stdout
+    with pytest.warns(UserWarning, match="comes without a trained"):
+        assert "identical" in pipeline("replay", "mine", home=tmp_path).stdout
