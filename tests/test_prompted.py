@@ -298,6 +298,23 @@ def test_a_word_is_one_token_that_the_model_knows(gpt2: Path, bert: Path) -> Non
             given.words([" good", " Good"])
 
 
+def test_a_word_that_joins_the_template_is_refused(tmp_path: Path) -> None:
+    """Byte-level tokens carry their space: a word without one would be read as the end of another."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "</s>", "a", ":", "Ġ", "Ġg", "Ġgo", "g", "o", "go"]
+    merges = [("Ġ", "g"), ("Ġg", "o"), ("g", "o")]
+    inner = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    assert Template("{text}:", tokenizer, masked=False).words([" go", "go"]) == [6, 9]
+    with pytest.raises(
+        UserError, match=r"'go' would melt into the template's end; begin it with a space, and"
+    ):
+        Template("{text}: ", tokenizer, masked=False).words(["go"])
+
+
 WORDS_GIVEN = ["-S", "finetune.verbalizers={up: ' good', down: ' bad'}", "-S", "finetune.max_length=32"]
 
 
@@ -422,3 +439,21 @@ def test_few_shots_without_a_trained_head_run_and_say_so(bert: Path, table: Path
     assert "few-shot: 3 of each label drawn by the seed 0" in done.stdout
     with pytest.warns(UserWarning, match="comes without a trained"):
         assert "identical" in pipeline("replay", "mine", home=tmp_path).stdout
+
+
+def test_a_model_that_reads_and_writes_completes_no_template(bert: Path, table: Path, tmp_path: Path) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    size = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    size |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 30, "max_position_embeddings": 64}
+    tokenizer = load_tokenizer(str(bert))
+    tokenizer.save_pretrained(tmp_path / "bart")
+    special = {"decoder_start_token_id": 2, "forced_eos_token_id": 3, "eos_token_id": 3, "bos_token_id": 2}
+    BartForConditionalGeneration(BartConfig(d_model=16, pad_token_id=0, **special, **size)).save_pretrained(
+        tmp_path / "bart"
+    )
+    given = ["run", "--train", str(table), "--text", "review", "--label", "verdict", *WORDS_GIVEN]
+    given += [*small(tmp_path / "bart"), "-S", "pretrain.enabled=false"]
+    done = pipeline(*given, "-S", "finetune.template='{text} it was {mask}'", home=tmp_path)
+    assert done.returncode == 2
+    assert "bart completes no template: it takes a decoder, or an encoder with a mask token" in done.stderr

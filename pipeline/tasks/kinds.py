@@ -146,6 +146,11 @@ def _prompted(
     """A classifier by the words of a template, and each split's texts in it."""
     options, kind = config.finetune, self_supervised_task(location)
     assert options.template is not None
+    if load_config(location).is_encoder_decoder or (kind == "mlm" and tokenizer.mask_token is None):
+        raise UserError(
+            f"{config.model} completes no template: it takes a decoder, or an encoder with a mask token; "
+            "leave out finetune.template"
+        )
     if not has_language_head(location):
         warnings.warn(
             f"{config.model} comes without a trained language-modelling head: what it says of a template "

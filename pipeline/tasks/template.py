@@ -130,7 +130,7 @@ class Template:
             if whole[: len(prompt)] != prompt:
                 raise UserError(
                     f"finetune.verbalizers: '{word}' would melt into the template's end; "
-                    "begin it with a space"
+                    "begin it with a space, and end the template without one"
                 )
             ids = whole[len(prompt) :]
         if len(ids) != 1:
