@@ -397,6 +397,8 @@ def test_in_context_is_the_plain_model_after_solved_texts(
     fitting = in_context(start)
     assert fitting is not None
     assert fitting["demonstrations"] == 3
+    model.model.config.max_position_embeddings = longest
+    assert in_context(start) is None
 
 
 def _drawn_batch(batch: Batch, rows: list[int]) -> Batch:
