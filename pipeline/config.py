@@ -103,7 +103,8 @@ class FinetuneConfig(TrainConfig):
     # A prompt that the language model completes with a label's word: {text} is the text, and {mask}, for a
     # masked model, is the word's place; null classifies by a head over the text's features instead.
     template: str | None = None
-    # The word of each label in the template, one token to the model; null takes the label after a space.
+    # The word of each label in the template, with the space before it; one token to the model. null takes the
+    # label itself.
     verbalizers: dict[str, str] | None = None
     # Stop after this many evaluations without a better validation loss; 0 never stops early.
     patience: int = within(0, 0)

@@ -75,6 +75,7 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     from pipeline.registry import create
     from pipeline.space import parse
     from pipeline.start import task, training
+    from pipeline.tasks.template import check as check_template
 
     choose_device(config.device)
     choose_dtype(config.dtype)
@@ -85,6 +86,7 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
         task(config, "pretrain")
     if config.prepare.task != "none":
         task(config, "finetune")
+        check_template(config.finetune)
     used = [config.pretrain] if config.pretrain.enabled else []
     for options in [*used, *([config.finetune] if config.prepare.task != "none" else [])]:
         plan = training(options, config)

@@ -16,7 +16,13 @@ from torch.nn.functional import cross_entropy
 from pipeline.engine import scorer
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.models import load_language_model, load_tokenizer
+from pipeline.models import (
+    has_language_head,
+    load_encoder,
+    load_language_model,
+    load_tokenizer,
+    pass_through,
+)
 from pipeline.optimizer import Candidate, Explicit, LowRank, Seeded
 from pipeline.registry import Spec
 from pipeline.space import Space, parse
@@ -270,8 +276,6 @@ def test_a_long_text_is_cut_and_the_template_is_whole(gpt2: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "masked", "error"),
     [
-        ("it was", False, "must hold {text} once"),
-        ("{text} {text}", False, "must hold {text} once"),
         ("{text} it was {mask}", False, "the model is a causal one"),
         ("{text} it was", True, "must hold {mask} once"),
     ],
@@ -292,6 +296,23 @@ def test_a_word_is_one_token_that_the_model_knows(gpt2: Path, bert: Path) -> Non
             given.words([" superb", " good"])
         with pytest.raises(UserError, match="' good' and ' Good' are one and the same token"):
             given.words([" good", " Good"])
+
+
+def test_a_word_that_joins_the_template_is_refused(tmp_path: Path) -> None:
+    """Byte-level tokens carry their space: a word without one would be read as the end of another."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "</s>", "a", ":", "Ġ", "Ġg", "Ġgo", "g", "o", "go"]
+    merges = [("Ġ", "g"), ("Ġg", "o"), ("g", "o")]
+    inner = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    assert Template("{text}:", tokenizer, masked=False).words([" go", "go"]) == [6, 9]
+    with pytest.raises(
+        UserError, match=r"'go' would melt into the template's end; begin it with a space, and"
+    ):
+        Template("{text}: ", tokenizer, masked=False).words(["go"])
 
 
 WORDS_GIVEN = ["-S", "finetune.verbalizers={up: ' good', down: ' bad'}", "-S", "finetune.max_length=32"]
@@ -330,6 +351,11 @@ def test_words_without_a_template_are_refused(bert: Path, table: Path, tmp_path:
     done = pipeline(*given, "-S", "pretrain.enabled=false", *WORDS_GIVEN, home=tmp_path)
     assert done.returncode == 2
     assert "finetune.verbalizers are words for a template: set finetune.template" in done.stderr
+    for wrong in ("it was", "{text} and {text}"):
+        done = pipeline(*given, "-S", f"finetune.template='{wrong}'", home=tmp_path)
+        assert done.returncode == 2
+        assert f"finetune.template '{wrong}' must hold {{text}} once" in done.stderr
+    assert not (tmp_path / "runs").exists()  # seen before anything was computed
     template = ["-S", "finetune.template='{text} it was {mask}'"]
     done = pipeline(*given, "-S", "pretrain.enabled=false", *template, home=tmp_path)
     assert done.returncode == 2
@@ -371,6 +397,8 @@ def test_in_context_is_the_plain_model_after_solved_texts(
     fitting = in_context(start)
     assert fitting is not None
     assert fitting["demonstrations"] == 3
+    model.model.config.max_position_embeddings = longest
+    assert in_context(start) is None
 
 
 def _drawn_batch(batch: Batch, rows: list[int]) -> Batch:
@@ -382,3 +410,52 @@ def test_a_masked_model_has_no_context_to_learn_from(made: Made, bert: Path) -> 
     model, batch = made("bert")
     start = Start(model, load_tokenizer(str(bert)), lambda step: batch, [batch], [batch], [batch])
     assert in_context(start) is None
+
+
+def test_a_model_passes_through_with_the_head_it_was_trained_with(
+    folder_of: dict[str, Path], tmp_path: Path
+) -> None:
+    for family in ("bert", "llama"):
+        kind = "mlm" if family == "bert" else "clm"
+        pass_through(str(folder_of[family]), tmp_path / family)
+        assert has_language_head(str(tmp_path / family))
+        before = load_language_model(str(folder_of[family]), kind, 0).state_dict()
+        after = load_language_model(str(tmp_path / family), kind, 1).state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    load_encoder(str(folder_of["bert"])).save_pretrained(tmp_path / "headless")
+    load_tokenizer(str(folder_of["bert"])).save_pretrained(tmp_path / "headless")
+    pass_through(str(tmp_path / "headless"), tmp_path / "passed")
+    assert not has_language_head(str(tmp_path / "passed"))
+
+
+def test_few_shots_without_a_trained_head_run_and_say_so(bert: Path, table: Path, tmp_path: Path) -> None:
+    headless = tmp_path / "headless"
+    load_encoder(str(bert)).save_pretrained(headless)
+    load_tokenizer(str(bert)).save_pretrained(headless)
+    given = ["run", "--train", str(table), "--text", "review", "--label", "verdict", "--name", "mine"]
+    given += [*small(headless), "-S", "pretrain.enabled=false", "-S", "prepare.shots=3", *WORDS_GIVEN]
+    given += ["-S", "finetune.space=head", "-S", "finetune.template='{text} it was {mask}'", "--no-baselines"]
+    with pytest.warns(UserWarning, match="comes without a trained language-modelling head"):
+        done = pipeline(*given, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "few-shot: 3 of each label drawn by the seed 0" in done.stdout
+    with pytest.warns(UserWarning, match="comes without a trained"):
+        assert "identical" in pipeline("replay", "mine", home=tmp_path).stdout
+
+
+def test_a_model_that_reads_and_writes_completes_no_template(bert: Path, table: Path, tmp_path: Path) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    size = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    size |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 30, "max_position_embeddings": 64}
+    tokenizer = load_tokenizer(str(bert))
+    tokenizer.save_pretrained(tmp_path / "bart")
+    special = {"decoder_start_token_id": 2, "forced_eos_token_id": 3, "eos_token_id": 3, "bos_token_id": 2}
+    BartForConditionalGeneration(BartConfig(d_model=16, pad_token_id=0, **special, **size)).save_pretrained(
+        tmp_path / "bart"
+    )
+    given = ["run", "--train", str(table), "--text", "review", "--label", "verdict", *WORDS_GIVEN]
+    given += [*small(tmp_path / "bart"), "-S", "pretrain.enabled=false"]
+    done = pipeline(*given, "-S", "finetune.template='{text} it was {mask}'", home=tmp_path)
+    assert done.returncode == 2
+    assert "bart completes no template: it takes a decoder, or an encoder with a mask token" in done.stderr

@@ -21,9 +21,7 @@ from pipeline.tasks.base import Batch, Start
 from pipeline.tasks.prompted import PromptedClassifier
 
 DEMONSTRATIONS = 32
-_TOKENS = (
-    2**13
-)  # of the demonstrations, in all rows of a forward pass: their keys and values are held for each
+_TOKENS = 2**13  # of demonstrations in a forward pass: each of its texts holds their keys and values
 _BETWEEN = "\n\n"
 
 
@@ -32,7 +30,8 @@ def in_context(start: Start) -> dict[str, float] | None:
     """Figures on the test after ``demonstrations`` training texts with their words, the run's first ones.
 
     They are as many as fit into the model's positions, ``DEMONSTRATIONS`` at most; None where the model
-    cannot be asked: it completes no template, or keeps no keys and values, or reads a prompt of its own.
+    cannot be asked: it completes no template, keeps no keys and values, reads a prompt of its own, or has
+    room for none.
     """
     model = start.model
     if not isinstance(model, PromptedClassifier) or model.prompting.kind != "clm" or tokens_in(model):
@@ -42,6 +41,8 @@ def in_context(start: Start) -> dict[str, float] | None:
         return None
     opening = _opening(start)
     ids, count = _demonstrations(start, model, opening)
+    if not count:
+        return None
     device = next(model.parameters()).device
     kept = {name: DynamicCache(config=model.model.config)}
     model.encoder(input_ids=torch.tensor([ids], device=device), use_cache=True, **kept)

@@ -37,7 +37,7 @@ from pipeline.tasks.classification import (
 from pipeline.tasks.in_context import in_context
 from pipeline.tasks.language_modelling import CorpusData, LanguageModel, validation_batches
 from pipeline.tasks.prompted import PROMPTED_FILE, PromptedClassifier, Prompting
-from pipeline.tasks.template import Template
+from pipeline.tasks.template import Template, check
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -61,6 +61,7 @@ class Classification:
         if not (layout.pretrained / "config.json").is_file():
             raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
         options, location = config.finetune, str(layout.pretrained)
+        check(options)
         rows, tokenizer = load_task(layout), load_tokenizer(location)
         _check_length("finetune", options, tokenizer, location)
         prompted = options.template is not None
@@ -108,10 +109,6 @@ def _described(
 ) -> tuple[TaskModel, _Tokens]:
     """A classifier by a head over the encoder's features, not started yet, and each split's texts."""
     options = config.finetune
-    if options.verbalizers:
-        raise UserError(
-            "finetune.verbalizers are words for a template: set finetune.template, or leave them out"
-        )
     encoder = load_encoder(location, config.dtype)
     if not 1 <= options.pooled_layers <= encoder.config.num_hidden_layers:
         raise UserError(
@@ -163,6 +160,11 @@ def _prompted(
     """A classifier by the words of a template, and each split's texts in it."""
     options, kind = config.finetune, self_supervised_task(location)
     assert options.template is not None
+    if load_config(location).is_encoder_decoder or (kind == "mlm" and tokenizer.mask_token is None):
+        raise UserError(
+            f"{config.model} completes no template: it takes a decoder, or an encoder with a mask token; "
+            "leave out finetune.template"
+        )
     if not has_language_head(location):
         warnings.warn(
             f"{config.model} comes without a trained language-modelling head: what it says of a template "

@@ -10,23 +10,41 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pipeline.config import FinetuneConfig
+
 TEXT, MASK = "{text}", "{mask}"
 
 
+def check(options: FinetuneConfig) -> None:
+    """What can be told of a template and its words without a model.
+
+    Raises:
+        UserError: a template without ``{text}``, or words without a template.
+    """
+    if options.template is None and options.verbalizers:
+        raise UserError(
+            "finetune.verbalizers are words for a template: set finetune.template, or leave them out"
+        )
+    if options.template is not None and options.template.count(TEXT) != 1:
+        raise UserError(f"finetune.template '{_shown(options.template)}' must hold {TEXT} once")
+
+
+def _shown(template: str) -> str:
+    return template.replace("\n", "\\n")
+
+
 class Template:
-    """What stands around a text, for one model's tokenizer.
+    """What stands around a text, for one model's tokenizer; it has passed `check`.
 
     ``answer`` is where among a text's tokens the word is predicted: an index from the start, or a negative
     one from the end. It is the same for every text, since what is cut is the text and never the template.
 
     Raises:
-        UserError: ``template`` lacks ``{text}``, or has or lacks ``{mask}`` against the kind of model.
+        UserError: ``{mask}`` is missing for a masked model, or there for a causal one.
     """
 
     def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, *, masked: bool) -> None:
-        shown = template.replace("\n", "\\n")
-        if template.count(TEXT) != 1:
-            raise UserError(f"finetune.template '{shown}' must hold {TEXT} once")
+        shown = _shown(template)
         if masked and template.count(MASK) != 1:
             raise UserError(
                 f"finetune.template '{shown}' must hold {MASK} once, where the word goes: "
@@ -112,7 +130,7 @@ class Template:
             if whole[: len(prompt)] != prompt:
                 raise UserError(
                     f"finetune.verbalizers: '{word}' would melt into the template's end; "
-                    "begin it with a space"
+                    "begin it with a space, and end the template without one"
                 )
             ids = whole[len(prompt) :]
         if len(ids) != 1:

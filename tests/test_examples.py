@@ -1,0 +1,31 @@
+"""Every configuration under examples/ is one that runs, and says how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import config
+from tests.test_cli import ROOT, pipeline
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_passes_all_checks_that_come_before_a_run(path: Path, tmp_path: Path) -> None:
+    done = pipeline("run", "--config", str(path), "--dry-run", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert config.build(yaml.safe_load(done.stdout), source="plan") == config.read(path)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_says_what_it_does_and_how_long_it_takes(path: Path) -> None:
+    comment = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert f"#   pipeline run --config examples/{path.name}" in comment
+    assert any("minutes" in line for line in comment)
