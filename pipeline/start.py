@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline import objective
+from pipeline import objective, user_code
 from pipeline import space as spaces
-from pipeline.config import Config, TrainConfig
+from pipeline.config import Config, FinetuneConfig, TrainConfig
 from pipeline.entry_points import load
 from pipeline.errors import UserError
 from pipeline.layout import Layout
@@ -22,10 +22,12 @@ READS = {"pretrain": "corpus", "finetune": "task"}  # what each training stage r
 
 def task_name(config: Config, stage: str) -> str:
     """The name of the ``pretrain`` or ``finetune`` stage's task."""
-    if stage == "finetune":
-        return config.prepare.task
-    name = config.pretrain.task
+    name = _named_task(config, stage)
     return self_supervised_task(locate(config.model)) if name == "auto" else name
+
+
+def _named_task(config: Config, stage: str) -> str:
+    return config.prepare.task if stage == "finetune" else config.pretrain.task
 
 
 def task(config: Config, stage: str) -> Task:
@@ -66,6 +68,7 @@ def space(options: TrainConfig, config: Config, model: TaskModel) -> spaces.Spac
 
 def training(options: TrainConfig, config: Config, patience: int = 0) -> Training:
     """A section of the configuration as the trainer takes it."""
+    stage = "finetune" if isinstance(options, FinetuneConfig) else "pretrain"
     offered: dict[str, Any] = {
         "epsilon": options.epsilon,
         "sigma": options.sigma,
@@ -78,7 +81,8 @@ def training(options: TrainConfig, config: Config, patience: int = 0) -> Trainin
         evaluate_every=options.evaluate_every,
         run_seed=config.seed,
         patience=patience,
-        objective=objective.parse(options.objective),
+        objective=objective.parse(options.objective, lambda folder: task(config, stage).load(folder)),
         provenance=config.to_dict(),
+        code=user_code.digests(options.objective, _named_task(config, stage)),
         defaults={key: value for key, value in offered.items() if value is not None},
     )

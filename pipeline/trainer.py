@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.objective import Objective, cross_entropy
+from pipeline.objective import AnyObjective, cross_entropy
 from pipeline.optimizer import BudgetSpent, Problem, Stalled
 from pipeline.registry import Spec, create, settle
 from pipeline.space import Space
@@ -34,7 +34,8 @@ class Training:
     """How to train: everything but the model and the data.
 
     ``defaults`` are options offered to the optimizer; ``provenance`` is the whole configuration, which the
-    trajectory keeps so that the start can be rebuilt.
+    trajectory keeps so that the start can be rebuilt; ``code`` is the digest of each file of the user's own
+    that it names.
     """
 
     optimizer: Spec
@@ -43,9 +44,10 @@ class Training:
     evaluate_every: int
     run_seed: int
     patience: int = 0
-    objective: Objective = cross_entropy
+    objective: AnyObjective = cross_entropy
     defaults: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -285,5 +287,6 @@ def _header(training: Training, space: Space) -> Header:
         forward_passes=training.forward_passes,
         start=space.digest(),
         config=training.provenance,
+        code=training.code,
         machine=machine(space.device),
     )

@@ -1,8 +1,8 @@
 """The prepare stage: sources to ``data/prepared``, and reading it back.
 
 ``task/`` is a saved `datasets.DatasetDict` of train, validation and test with the columns ``text`` (string)
-and ``label`` (ClassLabel, names sorted); ``corpus/`` one of train and validation with ``text``. ``card.json``
-and ``card.md`` describe both.
+and ``label`` (ClassLabel, names sorted), or, where a task's labels are texts, ``target`` (string);
+``corpus/`` one of train and validation with ``text``. ``card.json`` and ``card.md`` describe both.
 """
 
 from __future__ import annotations
@@ -17,16 +17,22 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config, PrepareConfig
 from pipeline.data import card as cards
 from pipeline.data.sources import Rows, load, must_exist, read, select
-from pipeline.data.splits import CorpusSplits, Example, TaskSplits, split_corpus, split_task
+from pipeline.data.splits import NO_TARGET, CorpusSplits, Example, TaskSplits, split_corpus, split_task
 from pipeline.entry_points import installed
+from pipeline.entry_points import load as load_plugin
 from pipeline.errors import UserError, unknown
 from pipeline.layout import Layout
+from pipeline.user_code import Reference
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 # The word among the sources of the corpus that stands for the task's own training texts.
 OWN_TEXT = "task"
+
+LABELS = "labels"  # texts and their classes
+PAIRS = "pairs"  # texts and the texts they become
+PROMPTS = "prompts"  # texts to go on from, and perhaps how
 
 _Read = list[tuple[str, Rows]]
 
@@ -43,13 +49,26 @@ def prepare(config: Config, layout: Layout) -> dict[str, Any]:
     wanted = config.prepare
     check_sources(config)
     read_so_far: _Read = []
-    task = _task(wanted, read_so_far) if wanted.task != "none" else None
+    data = "" if wanted.task == "none" else data_of(wanted.task)
+    task = _task(wanted, data, read_so_far) if data else None
     corpus = _corpus(wanted, task, read_so_far)
     if task is None and corpus is None:
         raise UserError("nothing to prepare: prepare.task is none and prepare.corpus is empty")
-    card = cards.card(read_so_far, task, corpus)
+    card = cards.card(read_so_far, task, corpus, wanted.task if data != LABELS else "classification")
     _replace(layout.prepared, task, corpus, card)
     return card
+
+
+def data_of(task: str) -> str:
+    """What rows a task reads: `LABELS`, `PAIRS` or `PROMPTS`; its class's attribute ``data``.
+
+    Raises:
+        UserError: no such task, or one that reads something else.
+    """
+    kind = getattr(load_plugin("task", task), "data", LABELS)
+    if kind not in (LABELS, PAIRS, PROMPTS):
+        raise unknown("data of a task", str(kind), (LABELS, PAIRS, PROMPTS))
+    return str(kind)
 
 
 def check_sources(config: Config) -> None:
@@ -60,7 +79,7 @@ def check_sources(config: Config) -> None:
     """
     wanted = config.prepare
     tasks = ["none", *(plugin.name for plugin in installed(["task"]))]
-    if wanted.task not in tasks:
+    if wanted.task not in tasks and not Reference.parse(wanted.task):
         raise unknown("task", wanted.task, tasks)
     files = [wanted.train, wanted.validation, wanted.test] if wanted.task != "none" else []
     for source in [*files, *wanted.corpus]:
@@ -69,7 +88,9 @@ def check_sources(config: Config) -> None:
 
 
 def load_task(layout: Layout) -> DatasetDict:
-    """The prepared task: train, validation, test; ``text`` string, ``label`` ClassLabel.
+    """The prepared task: train, validation, test; ``text`` string, ``label`` ClassLabel or ``target`` string.
+
+    Prompts that come without a target have no such column.
 
     Raises:
         UserError: prepare has not run, or it ran with task none.
@@ -97,20 +118,23 @@ def _load(folder: Path, what: str) -> DatasetDict:
     return load_from_disk(str(folder), keep_in_memory=True)
 
 
-def _task(wanted: PrepareConfig, read_so_far: _Read) -> TaskSplits:
+def _task(wanted: PrepareConfig, data: str, read_so_far: _Read) -> TaskSplits:
     examples: dict[str, list[Example] | None] = {}
     for role, source in (("train", wanted.train), ("validation", wanted.validation), ("test", wanted.test)):
         examples[role] = None
         if source is not None:
-            rows = read(source, text=wanted.text, label=wanted.label, labelled=True)
+            labelled = data != PROMPTS or wanted.label is not None
+            rows = read(source, text=wanted.text, label=wanted.label, labelled=labelled)
             read_so_far.append((role, rows))
-            examples[role] = [Example(*pair) for pair in zip(rows.texts, rows.labels or [], strict=True)]
+            labels = rows.labels or [NO_TARGET] * len(rows.texts)
+            examples[role] = [Example(*pair) for pair in zip(rows.texts, labels, strict=True)]
     return split_task(
         examples["train"] or [],
         examples["validation"],
         examples["test"],
         wanted.validation_size,
         wanted.test_size,
+        classes=data == LABELS,
     )
 
 
@@ -150,7 +174,8 @@ def _replace(
         built.mkdir()
         with _no_progress_bars():
             if task:
-                _save_task(task, built / "task")
+                save = _save_task if card["task"]["labels"] else _save_texts
+                save(task, built / "task")
             if corpus:
                 _save_corpus(corpus, built / "corpus")
         text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
@@ -171,6 +196,19 @@ def _save_task(task: TaskSplits, folder: Path) -> None:
         labels = [names.index(example.label) for example in examples]
         columns = {"text": [example.text for example in examples], "label": labels}
         return Dataset.from_dict(columns, features=features)
+
+    DatasetDict({name: dataset(examples) for name, examples in task.items()}).save_to_disk(str(folder))
+
+
+def _save_texts(task: TaskSplits, folder: Path) -> None:
+    """Texts and their target texts; where there are none, the texts alone."""
+    from datasets import Dataset, DatasetDict
+
+    def dataset(examples: list[Example]) -> Dataset:
+        columns = {"text": [example.text for example in examples]}
+        if any(example.label for example in examples):
+            columns["target"] = [example.label for example in examples]
+        return Dataset.from_dict(columns)
 
     DatasetDict({name: dataset(examples) for name, examples in task.items()}).save_to_disk(str(folder))
 
