@@ -34,13 +34,14 @@ class Seq2Seq(TaskModel):
     ) -> None:
         super().__init__()
         self.model = model
+        self._body = (EncoderDecoder(model),)  # no module of its own: it would name every tensor twice
         self._tokenizer = tokenizer
         self.decoding = decoding(model, tokenizer, max_new_tokens, temperature)
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
         """Everything below the logits: the same modules, by the same names."""
-        return EncoderDecoder(self.model)
+        return self._body[0]
 
     def features(self, batch: Batch) -> Tensor:
         """The decoder's states at the positions with a target: ``[outputs, hidden]``."""
@@ -114,7 +115,6 @@ class EncoderDecoder(nn.Module):
         for name, child in model.named_children():
             if child is not head:
                 self.add_module(name, child)
-        self.train(model.training)
 
 
 class _Reader:
