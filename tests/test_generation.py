@@ -11,12 +11,13 @@ import sacrebleu
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from pipeline import scores
+from pipeline import config, scores
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
 from pipeline.models import load_language_model, load_tokenizer
 from pipeline.objective import TextObjective, parse
-from pipeline.optimizer import LowRank, Move, Seeded
+from pipeline.optimizer import LowRank, Move, Problem, Seeded
+from pipeline.registry import Spec, create
 from pipeline.tasks.base import Asked, Batch
 from pipeline.tasks.decoding import Decoding, decode
 from pipeline.tasks.writing import Continued, Decoder, WritingData
@@ -422,3 +423,19 @@ def test_a_copy_is_not_needed(gpt2: Path) -> None:
     engine.losses(prompts(gpt2), [Seeded(1, 0.5), Seeded(2, -0.5)])
     engine.close()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_examples_are_configurations() -> None:
+    files = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
+    assert {"generation", "summarization", "translation"} <= {file.stem for file in files}
+    for file in files:
+        chosen = config.read(file)
+        assert file.stem in chosen.prepare.task or file.stem not in ("generation", "translation")
+        parse(chosen.finetune.objective)
+        create(Spec.parse(chosen.finetune.optimizer), Problem(8, "lora", 1000, 0))
+
+
+def test_a_comparison_of_texts_is_refused(gpt2: Path, tmp_path: Path) -> None:
+    done = pipeline("compare", "-S", "prepare.task=translation", "--model", str(gpt2), home=tmp_path)
+    assert done.returncode == 2
+    assert "translation does not measure accuracy" in done.stderr
