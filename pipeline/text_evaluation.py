@@ -12,20 +12,32 @@ from pipeline.evaluation import losses_and_hits
 from pipeline.objective import TextObjective
 from pipeline.tasks.base import Asked, Batch, TaskModel, Tested
 
-Figure = Callable[[Sequence[str], Sequence[str]], float]
+References = Sequence[tuple[str, ...]]
+Score = Callable[[str, str, str], float]
+Figure = Callable[[Sequence[str], References], float]
 """Completions and their references to a figure from 0 to 1."""
 
 
-def mean_of(score: Callable[[str, str, str], float]) -> Figure:
+def best(score: Score, completion: str, references: tuple[str, ...]) -> float:
+    """The score beside the reference that it is highest with."""
+    return max(score("", completion, each) for each in references)
+
+
+def mean_of(score: Score) -> Figure:
     """The mean of a score of one text."""
     return lambda completions, references: float(
-        np.mean([score("", *pair) for pair in zip(completions, references, strict=True)])
+        np.mean([best(score, *pair) for pair in zip(completions, references, strict=True)])
     )
 
 
+def _of_first(figure: Callable[[Sequence[str], Sequence[str]], float]) -> Figure:
+    """A figure of all texts together, beside the first reference of each."""
+    return lambda completions, references: figure(completions, [each[0] for each in references])
+
+
 FIGURES: dict[str, Figure] = {
-    "bleu": scores.corpus_bleu,
-    "chrf": scores.corpus_chrf,
+    "bleu": _of_first(scores.corpus_bleu),
+    "chrf": _of_first(scores.corpus_chrf),
     "rouge_l": mean_of(scores.rouge_l),
     "exact_match": mean_of(scores.exact_match),
     "token_f1": mean_of(scores.token_f1),
@@ -48,7 +60,7 @@ class TextExaminer:
         objective: TextObjective | None,
     ) -> None:
         self._figures = figures
-        self._each: Callable[[str, str, str], float] = getattr(scores, each)
+        self._each: Score = getattr(scores, each)
         self._objective = objective
 
     def measure(self, model: TaskModel, batches: Sequence[Batch]) -> dict[str, float]:
@@ -66,12 +78,12 @@ class TextExaminer:
             each = [score for batch, written in pairs for score in self._objective.scores(batch, written)]
             figures = {"score": float(np.mean(each)), "score_sd": float(np.std(each))}
             losses, figures["loss"] = [-score for score in each], -figures["score"]
-        references = [text for batch in asked for text in batch.references or ()]
+        references = [several for batch in asked for several in batch.references or ()]
         if references:
             losses = _cross_entropies(model, batches)
             figures["loss"] = float(np.average(losses, weights=_lengths(batches)))
             figures |= {name: FIGURES[name](texts, references) for name in self._figures}
-            each = [self._each("", *pair) for pair in zip(texts, references, strict=True)]
+            each = [best(self._each, *pair) for pair in zip(texts, references, strict=True)]
         figures["words"] = float(np.mean([len(text.split()) for text in texts]))
         return Tested({"loss": figures.pop("loss"), **figures}, losses, each)
 

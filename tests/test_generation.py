@@ -399,7 +399,7 @@ def test_a_function_that_takes_something_else_is_one_line(tmp_path: Path) -> Non
 
 def test_the_list_of_tasks_is_whole(tmp_path: Path) -> None:
     rows = json.loads(pipeline("tasks", "--json", home=tmp_path).stdout)
-    assert {"classification", "mlm", "clm", "generation", "translation", "summarization"} <= {
+    assert {"classification", "mlm", "clm", "generation", "translation", "summarization", "qa"} <= {
         row["task"] for row in rows
     }
     known = parse
@@ -427,7 +427,7 @@ def test_a_copy_is_not_needed(gpt2: Path) -> None:
 
 def test_the_examples_are_configurations() -> None:
     files = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
-    assert {"generation", "summarization", "translation"} <= {file.stem for file in files}
+    assert {"generation", "summarization", "translation", "qa"} <= {file.stem for file in files}
     for file in files:
         chosen = config.read(file)
         assert file.stem in chosen.prepare.task or file.stem not in ("generation", "translation")

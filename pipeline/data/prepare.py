@@ -11,11 +11,13 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, PrepareConfig
 from pipeline.data import card as cards
+from pipeline.data import questions
 from pipeline.data.sources import Rows, load, must_exist, read, select
 from pipeline.data.splits import NO_TARGET, CorpusSplits, Example, TaskSplits, split_corpus, split_task
 from pipeline.entry_points import installed
@@ -32,6 +34,7 @@ OWN_TEXT = "task"
 
 LABELS = "labels"  # texts and their classes
 PAIRS = "pairs"  # texts and the texts they become
+QUESTIONS = "questions"  # about a context, with answers that are spans of it
 PROMPTS = "prompts"  # texts to go on from, and perhaps how
 
 _Read = list[tuple[str, Rows]]
@@ -55,19 +58,20 @@ def prepare(config: Config, layout: Layout) -> dict[str, Any]:
     if task is None and corpus is None:
         raise UserError("nothing to prepare: prepare.task is none and prepare.corpus is empty")
     card = cards.card(read_so_far, task, corpus, wanted.task if data != LABELS else "classification")
-    _replace(layout.prepared, task, corpus, card)
+    _replace(layout.prepared, task, data, corpus, card)
     return card
 
 
 def data_of(task: str) -> str:
-    """What rows a task reads: `LABELS`, `PAIRS` or `PROMPTS`; its class's attribute ``data``.
+    """What rows a task reads: `LABELS`, `PAIRS`, `PROMPTS` or `QUESTIONS`; its class's attribute ``data``.
 
     Raises:
         UserError: no such task, or one that reads something else.
     """
     kind = getattr(load_plugin("task", task), "data", LABELS)
-    if kind not in (LABELS, PAIRS, PROMPTS):
-        raise unknown("data of a task", str(kind), (LABELS, PAIRS, PROMPTS))
+    known = (LABELS, PAIRS, PROMPTS, QUESTIONS)
+    if kind not in known:
+        raise unknown("data of a task", str(kind), known)
     return str(kind)
 
 
@@ -90,7 +94,8 @@ def check_sources(config: Config) -> None:
 def load_task(layout: Layout) -> DatasetDict:
     """The prepared task: train, validation, test; ``text`` string, ``label`` ClassLabel or ``target`` string.
 
-    Prompts that come without a target have no such column.
+    Prompts that come without a target have no such column. Questions have ``question``, ``context``,
+    ``answers`` and ``starts``.
 
     Raises:
         UserError: prepare has not run, or it ran with task none.
@@ -123,8 +128,7 @@ def _task(wanted: PrepareConfig, data: str, read_so_far: _Read) -> TaskSplits:
     for role, source in (("train", wanted.train), ("validation", wanted.validation), ("test", wanted.test)):
         examples[role] = None
         if source is not None:
-            labelled = data != PROMPTS or wanted.label is not None
-            rows = read(source, text=wanted.text, label=wanted.label, labelled=labelled)
+            rows = _rows(source, wanted, data)
             read_so_far.append((role, rows))
             labels = rows.labels or [NO_TARGET] * len(rows.texts)
             examples[role] = [Example(*pair) for pair in zip(rows.texts, labels, strict=True)]
@@ -136,6 +140,13 @@ def _task(wanted: PrepareConfig, data: str, read_so_far: _Read) -> TaskSplits:
         wanted.test_size,
         classes=data == LABELS,
     )
+
+
+def _rows(source: str, wanted: PrepareConfig, data: str) -> Rows:
+    if data == QUESTIONS:
+        return questions.read(source, question=wanted.text, answers=wanted.label)
+    labelled = data != PROMPTS or wanted.label is not None
+    return read(source, text=wanted.text, label=wanted.label, labelled=labelled)
 
 
 def _corpus(wanted: PrepareConfig, task: TaskSplits | None, read_so_far: _Read) -> CorpusSplits | None:
@@ -165,7 +176,7 @@ def _unlabelled(source: str, wanted: PrepareConfig) -> Rows:
 
 
 def _replace(
-    folder: Path, task: TaskSplits | None, corpus: CorpusSplits | None, card: dict[str, Any]
+    folder: Path, task: TaskSplits | None, data: str, corpus: CorpusSplits | None, card: dict[str, Any]
 ) -> None:
     """Builds the whole folder beside ``folder``, then swaps the two by renames."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +185,7 @@ def _replace(
         built.mkdir()
         with _no_progress_bars():
             if task:
-                save = _save_task if card["task"]["labels"] else _save_texts
+                save = {LABELS: _save_task, QUESTIONS: _save_questions}.get(data, _save_texts)
                 save(task, built / "task")
             if corpus:
                 _save_corpus(corpus, built / "corpus")
@@ -209,6 +220,16 @@ def _save_texts(task: TaskSplits, folder: Path) -> None:
         if any(example.label for example in examples):
             columns["target"] = [example.label for example in examples]
         return Dataset.from_dict(columns)
+
+    DatasetDict({name: dataset(examples) for name, examples in task.items()}).save_to_disk(str(folder))
+
+
+def _save_questions(task: TaskSplits, folder: Path) -> None:
+    """The columns ``question``, ``context``, ``answers`` and where they begin, ``starts``."""
+    from datasets import Dataset, DatasetDict
+
+    def dataset(examples: list[Example]) -> Dataset:
+        return Dataset.from_list([asdict(questions.Question.of(*example)) for example in examples])
 
     DatasetDict({name: dataset(examples) for name, examples in task.items()}).save_to_disk(str(folder))
 

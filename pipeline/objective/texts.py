@@ -63,7 +63,9 @@ def positional(function: Callable[..., Any]) -> list[str]:
 
 
 class Each:
-    """The `TextScore` of a function of one text. ``reference`` says that it is of a user's file."""
+    """The `TextScore` of a function of one text; of several targets the one that scores best counts.
+
+    ``reference`` says that it is of a user's file."""
 
     def __init__(
         self, function: Callable[..., Any], name: str, options: dict[str, Any], reference: Reference | None
@@ -80,8 +82,11 @@ class Each:
                 f"the objective {self._name} compares with a target text, and the prompts have none: "
                 "name their column with --label"
             )
-        targets = asked.references or ("",) * len(completions)
-        return [self._one(*texts) for texts in zip(asked.prompts, completions, targets, strict=True)]
+        targets = asked.references or (("",),) * len(completions)
+        return [
+            max(self._one(prompt, completion, target) for target in several)
+            for prompt, completion, several in zip(asked.prompts, completions, targets, strict=True)
+        ]
 
     def _one(self, prompt: str, completion: str, target: str) -> float:
         arguments = (prompt, completion, target) if self._takes_target else (prompt, completion)

@@ -24,13 +24,13 @@ class Asked:
     """What a model answers in its own words, where a task has it write.
 
     ``inputs`` are what it reads before the first word, the end of each text at the end of its row;
-    ``references`` are what it should write, of so many tokens each as ``lengths`` say, and None where nothing
-    is known; ``seed`` is what drawing starts from.
+    ``references`` are what it may write, of one answer or several, and None where nothing is known;
+    ``lengths`` are how many targets each example has; ``seed`` is what drawing starts from.
     """
 
     inputs: dict[str, Tensor]
     prompts: tuple[str, ...]
-    references: tuple[str, ...] | None
+    references: tuple[tuple[str, ...], ...] | None
     lengths: tuple[int, ...]
     seed: int
 

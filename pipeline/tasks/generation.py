@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline import objective as objectives
 from pipeline.config import Config
@@ -30,10 +30,13 @@ from pipeline.tasks.writing import (
 )
 from pipeline.text_evaluation import TextExaminer
 
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
 _HELD_OUT = 9  # what drawing starts from in held-out batches, beside the run's seed
 
 
-class _Writing:
+class Writing:
     """A task in which the model goes on from a text; it starts as the language model that it is."""
 
     reads: ClassVar[str] = "task"
@@ -52,7 +55,7 @@ class _Writing:
             raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
         options, location = config.finetune, str(layout.pretrained)
         template = check_template(options.template)
-        rows, tokenizer = load_task(layout), load_tokenizer(location)
+        rows, tokenizer = self._rows(layout), load_tokenizer(location)
         prompt = parse(options.space).options.get("tokens", 0) or stored_tokens(layout.pretrained)
         check_room(load_config(location), prompt, options.max_length, options.max_new_tokens)
         writes = writes_as(location)
@@ -94,7 +97,7 @@ class _Writing:
             whole["validation"],
             whole["train"],
             whole["test"],
-            self._examiner(config, train),
+            self._examiner(config, has_references=train.has_references),
         )
 
     def load(self, folder: Path) -> TaskModel:
@@ -107,10 +110,14 @@ class _Writing:
         assert start.examiner
         return {"zero_shot": start.examiner.measure(start.model, start.test)}
 
-    def _examiner(self, config: Config, train: WritingData) -> TextExaminer:
+    def _rows(self, layout: Layout) -> DatasetDict:
+        """The prepared rows: ``text``, and perhaps ``target`` or ``answers``."""
+        return load_task(layout)
+
+    def _examiner(self, config: Config, *, has_references: bool) -> TextExaminer:
         objective = objectives.parse(config.finetune.objective, self.load)
         scored = objective if isinstance(objective, TextObjective) else None
-        if not scored and not train.has_references:
+        if not scored and not has_references:
             raise UserError(
                 f"the objective {config.finetune.objective} needs target texts, and the prompts have none: "
                 "name their column with --label, or choose an objective on what is written, such as length"
@@ -118,7 +125,7 @@ class _Writing:
         return TextExaminer(self.figures, self.each, scored)
 
 
-class Generation(_Writing):
+class Generation(Writing):
     """Completions of prompts, by a reward: any score of (prompt, completion)."""
 
     data = PROMPTS
@@ -133,7 +140,7 @@ class Generation(_Writing):
     )
 
 
-class Translation(_Writing):
+class Translation(Writing):
     """Texts into texts of another language."""
 
     data = PAIRS
@@ -148,7 +155,7 @@ class Translation(_Writing):
     )
 
 
-class Summarization(_Writing):
+class Summarization(Writing):
     """Texts into their summaries."""
 
     data = PAIRS

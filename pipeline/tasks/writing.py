@@ -168,9 +168,9 @@ class WritingData:
         self._phrasing = phrasing
         self._prompts = prompts = [_filled(template, text, tokenizer, max_length) for text in rows["text"]]
         self._tokens: list[list[int]] = tokenizer(prompts)["input_ids"] if prompts else []
-        self._references: list[str] | None = list(rows["target"]) if "target" in rows.column_names else None
+        self._references = _references(rows)
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        written = [] if self._references is None else [lead + text for text in self._references]
+        written = [] if self._references is None else [lead + several[0] for several in self._references]
         tokens = tokenizer(written, add_special_tokens=False)["input_ids"] if written else []
         self._targets = [(row + end)[:max_new_tokens] for row in tokens]
 
@@ -204,6 +204,13 @@ class WritingData:
             self.batch(order[i : i + batch_size], derive(seed, 10, i))
             for i in range(0, len(order), batch_size)
         ]
+
+
+def _references(rows: Dataset) -> list[tuple[str, ...]] | None:
+    """What may be written of each row: its target, or any of its answers."""
+    if "answers" in rows.column_names:
+        return [tuple(answers) for answers in rows["answers"]]
+    return [(target,) for target in rows["target"]] if "target" in rows.column_names else None
 
 
 def _filled(template: str, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
