@@ -172,6 +172,12 @@ class _Loop:
         Raises:
             UserError: it is of another run, or its optimizer used gradients.
         """
+        if before.header.code != header.code:
+            changed = [path for path, digest in header.code.items() if before.header.code.get(path) != digest]
+            raise UserError(
+                f"{changed[0] if changed else 'a file of your own'} was changed since the run began: "
+                "put it back as it was, or begin another run"
+            )
         if before.header != header:
             raise UserError("the run to go on with was made with other parameters, data or weights")
         seconds = 0.0

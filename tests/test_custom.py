@@ -134,3 +134,36 @@ def test_what_is_wrong_is_said_before_anything_is_computed(table: Path, bert: Pa
         assert done.returncode == 2
         assert said in done.stderr
         assert not (tmp_path / "runs" / "mine").exists()
+
+
+def test_a_run_is_not_resumed_with_another_file(bert: Path, table: Path, tmp_path: Path) -> None:
+    written(tmp_path, LOSS)
+    done = pipeline(
+        *("run", "--name", "mine", "--train", str(table), "--text", "review", "--label", "verdict"),
+        *("--objective", "./reward.py:score,threshold=0.6", *small(bert), "-S", "pretrain.enabled=false"),
+        *("--no-baselines", "-S", "finetune.epsilon=1", "--to", "finetune"),
+        home=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    models = tmp_path / "runs" / "mine" / "models"
+    (models / "finetuned").rename(models / ".finetuned.partial")
+    written(tmp_path, LOSS + "# another\n")
+    refused = pipeline("run", "--resume", "mine", home=tmp_path)
+    assert refused.returncode == 2
+    assert "reward.py was changed since the run began" in refused.stderr
+    written(tmp_path, LOSS)
+    assert pipeline("run", "--resume", "mine", home=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("objective", ["length", "chrf"])
+def test_a_score_of_texts_does_not_suit_a_classifier(
+    objective: str, bert: Path, table: Path, tmp_path: Path
+) -> None:
+    done = pipeline(
+        *("run", "--name", "mine", "--train", str(table), "--text", "review", "--label", "verdict"),
+        *("--objective", objective, *small(bert)),
+        home=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "this task's model writes none" in done.stderr
+    assert not (tmp_path / "runs" / "mine").exists()

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.layout import Layout
 
+WRITES_NONE = (
+    "the objective scores texts, and this task's model writes none: choose a task that does, such as "
+    "generation, or an objective on outputs, such as cross_entropy"
+)
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -94,10 +99,7 @@ class TaskModel(nn.Module):
         Raises:
             UserError: it is not one that writes.
         """
-        raise UserError(
-            "the objective scores texts, and this task's model writes none: choose a task that does, such as "
-            "generation, or an objective on outputs, such as cross_entropy"
-        )
+        raise UserError(WRITES_NONE)
 
     def head_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that only ``outputs`` reads."""

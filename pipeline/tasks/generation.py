@@ -97,7 +97,7 @@ class Writing:
             whole["validation"],
             whole["train"],
             whole["test"],
-            self._examiner(config, has_references=train.has_references),
+            self._examiner(config),
         )
 
     def load(self, folder: Path) -> TaskModel:
@@ -114,14 +114,9 @@ class Writing:
         """The prepared rows: ``text``, and perhaps ``target`` or ``answers``."""
         return load_task(layout)
 
-    def _examiner(self, config: Config, *, has_references: bool) -> TextExaminer:
+    def _examiner(self, config: Config) -> TextExaminer:
         objective = objectives.parse(config.finetune.objective, self.load)
         scored = objective if isinstance(objective, TextObjective) else None
-        if not scored and not has_references:
-            raise UserError(
-                f"the objective {config.finetune.objective} needs target texts, and the prompts have none: "
-                "name their column with --label, or choose an objective on what is written, such as length"
-            )
         return TextExaminer(self.figures, self.each, scored)
 
 

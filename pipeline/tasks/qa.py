@@ -66,7 +66,7 @@ class QuestionAnswering(Writing):
             return train.batch(shuffled(len(train), options.batch_size, config.seed, step))
 
         whole = {split: data[split].by_length(options.batch_size) for split in data}
-        examiner = self._examiner(config, has_references=True)
+        examiner = self._examiner(config)
         return Start(model, tokenizer, batch, whole["validation"], whole["train"], whole["test"], examiner)
 
     def load(self, folder: Path) -> TaskModel:

@@ -177,11 +177,6 @@ class WritingData:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    @property
-    def has_references(self) -> bool:
-        """Whether it is known what should be written."""
-        return self._references is not None
-
     def batch(self, rows: Sequence[int], seed: int) -> Batch:
         """The batch of those rows; what is drawn while they are answered starts from ``seed``."""
         prompts = [self._tokens[i] for i in rows]
