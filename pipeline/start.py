@@ -96,7 +96,7 @@ def training(options: TrainConfig, config: Config, patience: int = 0) -> Trainin
 
 
 def _check_objective(config: Config, options: TrainConfig, chosen: objective.AnyObjective) -> None:
-    """Raises UserError for a score of texts where none are written, or a need of targets where there are none.
+    """Raises UserError for a score of texts where none are written, or where targets are needed and missing.
 
     No model is needed to tell: a run is refused before anything is computed.
     """

@@ -100,6 +100,8 @@ def test_what_is_drawn_is_drawn_by_seed(gpt2: Path) -> None:
     drawn = decode(lambda token: logits, Decoding(1, 0.5, (), -1), 0)[:, 0]
     shares = torch.bincount(drawn) / len(drawn)
     torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(-1), atol=0.01, rtol=0.0)
+    first, second = decode(lambda token: logits, Decoding(2, 0.5, (), -1), 0).T
+    assert not torch.equal(first, second), "each position has numbers of its own"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
