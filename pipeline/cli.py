@@ -15,10 +15,12 @@ from pipeline.commands.options import ConfigFile, Model, Seed, Set
 from pipeline.commands.register import register
 from pipeline.commands.status import status
 from pipeline.commands.sync import sync
+from pipeline.commands.tasks import tasks
 from pipeline.commands.tune import tune
 from pipeline.errors import UserError, guarded, unknown
 
 if TYPE_CHECKING:
+    from pipeline.config import Config
     from pipeline.layout import Layout
 
 app = typer.Typer(
@@ -67,7 +69,13 @@ def run(
         str | None, typer.Option(metavar="SPEC", help="backend[:Name][,key=value…] for the finetune stage.")
     ] = None,
     model: Model = None,
-    task: Annotated[str | None, typer.Option(help="classification, or none to pretrain only.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A task of `pipeline tasks`, FILE.py:NAME, or none to pretrain only.")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="name[,key=value…], FILE.py:NAME, or a sum such as a+0.1*b."),
+    ] = None,
     train: Annotated[
         str | None, typer.Option(metavar="FILE", help="Labelled text: CSV, TSV, JSONL, Parquet, …")
     ] = None,
@@ -113,6 +121,8 @@ def run(
     pipeline run --name mine --to pretrain && pipeline run --name mine --from finetune
     pipeline run --resume mine
     pipeline run --tuned tune-spsa
+    pipeline run --objective cross_entropy+0.5*f1 --forward-passes 2000
+    pipeline run --objective ./reward.py:score
     """
     from pipeline import runs
     from pipeline.layout import Layout
@@ -127,6 +137,7 @@ def run(
         files,
         {
             "finetune.optimizer": optimizer,
+            "finetune.objective": objective,
             "model": None if model is None else _absolute(model),
             "prepare.task": task,
             "finetune.forward_passes": forward_passes,
@@ -153,6 +164,7 @@ app.command()(compare)
 app.command()(status)
 app.command()(sync)
 app.command()(register)
+app.command()(tasks)
 
 
 @app.command()
@@ -357,7 +369,7 @@ def configure(
     flags: dict[str, Any],
     assignments: list[str],
     tuned: str | None = None,
-) -> Any:
+) -> Config:
     """Parameters of a run: the file's, those found by tuning, then the user's data, then flags, then ``-S``.
 
     ``--train`` replaces the data as a whole: the default's words for labels and its corpora are not its own.
@@ -384,7 +396,17 @@ def configure(
             applied[f"prepare.{key}"] = value if key in ("text", "label") else _absolute(value)
     applied |= {key: value for key, value in flags.items() if value is not None}
     chosen = configuration.updated(chosen, applied, source="pipeline run")
-    return configuration.override(chosen, assignments)
+    return _absolute_code(configuration.override(chosen, assignments))
+
+
+def _absolute_code(config: Config) -> Config:
+    """The user's own files, too, are meant from where the user stands."""
+    from pipeline import config as configuration
+    from pipeline.user_code import absolute
+
+    named = ("prepare.task", "pretrain.task", "pretrain.objective", "finetune.objective")
+    known = config.flat()
+    return configuration.updated(config, {key: absolute(known[key]) for key in named}, "pipeline run")
 
 
 def _absolute(source: str) -> str:

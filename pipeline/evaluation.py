@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.engine import shared
 from pipeline.objective import cross_entropy
-from pipeline.tasks.base import Batch, TaskModel
+from pipeline.tasks.base import Batch, Start, TaskModel, Tested
 
 
 @torch.inference_mode()
@@ -53,6 +53,24 @@ def measure(
     """``loss`` (nats) and ``accuracy`` over all targets; ``kept`` as in `losses_and_hits`."""
     losses, hits = losses_and_hits(model, batches, kept)
     return {"loss": float(losses.double().mean()), "accuracy": float(hits.double().mean())}
+
+
+def measured(start: Start, kept: Sequence[Tensor] | None = None) -> dict[str, float]:
+    """What the trainer is told of the validation split, by the task's own examiner if it has one.
+
+    ``kept`` as in `losses_and_hits`.
+    """
+    if start.examiner:
+        return start.examiner.measure(start.model, start.validation)
+    return measure(start.model, start.validation, kept)
+
+
+def tested(start: Start, model: TaskModel) -> Tested:
+    """The held-out test of ``model``, which began as ``start``."""
+    if start.examiner:
+        return start.examiner.test(model, start.test)
+    losses, hits = losses_and_hits(model, start.test)
+    return Tested(with_interval(losses, hits), losses.tolist(), hits.float().tolist())
 
 
 def measure_with_interval(model: TaskModel, batches: Sequence[Batch]) -> dict[str, float]:

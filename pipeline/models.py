@@ -145,7 +145,8 @@ def pass_through(reference: str, folder: Path) -> None:
     """Saves a model and its tokenizer as they come: with a language-modelling head where it was trained."""
     location = locate(reference)
     try:
-        model, drawn = _language_model(location, self_supervised_task(location), 0, "auto")
+        task = writes_as(location) or self_supervised_task(location)
+        model, drawn = _language_model(location, task, 0, "auto")
     except UserError:  # an architecture that has none
         drawn = True
     save_model(load_encoder(location, "auto") if drawn else model, folder)
@@ -155,8 +156,8 @@ def pass_through(reference: str, folder: Path) -> None:
 def load_language_model(location: str, task: str, seed: int, dtype: str = "float32") -> PreTrainedModel:
     """The model with its language-modelling head, in eval mode.
 
-    ``task`` is ``mlm`` or ``clm``, ``dtype`` a name that `choose_dtype` knows. Parts the checkpoint
-    lacks, such as a head that was never trained, are drawn from ``seed``. A prompt beside it is
+    ``task`` is ``mlm``, ``clm`` or ``seq2seq``, ``dtype`` a name that `choose_dtype` knows. Parts the
+    checkpoint lacks, such as a head that was never trained, are drawn from ``seed``. A prompt beside it is
     loaded too.
 
     Raises:
@@ -168,14 +169,16 @@ def load_language_model(location: str, task: str, seed: int, dtype: str = "float
 
 def _language_model(location: str, task: str, seed: int, dtype: str) -> tuple[PreTrainedModel, bool]:
     """`load_language_model`, and whether a part of it was drawn."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     if task == "clm" and self_supervised_task(location) == "mlm":
         raise UserError(
             f"{location} reads its text in both directions, so the next token is no secret to it: "
             "use pretrain.task=mlm"
         )
-    auto: Any = AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
+    auto: Any = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}[
+        task
+    ]
     model: PreTrainedModel
     with loading(location), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -201,8 +204,7 @@ def self_supervised_task(location: str) -> str:
     )
 
     config = load_config(location)
-    names = [*(config.architectures or ())]
-    if any(name.endswith(("CausalLM", "LMHeadModel")) for name in names):
+    if writes_as(location) == "clm":
         return "clm"
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "mlm"
@@ -211,6 +213,17 @@ def self_supervised_task(location: str) -> str:
     raise UserError(
         f"{location} ({config.model_type}) has neither a masked nor a causal language-modelling head"
     )
+
+
+def writes_as(location: str) -> str | None:
+    """``clm`` for a decoder and ``seq2seq`` for an encoder-decoder, with their heads; None for others."""
+    config = load_config(location)
+    names = config.architectures or ()
+    if any(name.endswith(("CausalLM", "LMHeadModel")) for name in names):
+        return "clm"
+    if config.is_encoder_decoder and any(name.endswith("ForConditionalGeneration") for name in names):
+        return "seq2seq"
+    return None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 
 NAME = "soft_prompt"  # of the module, within the encoder
+CACHE_NAMES = ("cache", "past_key_values")  # of what was computed for a text so far: transformers renamed it
 FOLDER = "prompt"  # beside a saved model; PEFT's files, apart from the adapter that LoRA leaves
 _CONFIG, _VECTORS = "adapter_config.json", "adapter_model.safetensors"
 _SAMPLE = 1024  # words whose embeddings tell how large an element is
@@ -69,7 +70,7 @@ def attach(encoder: nn.Module, vectors: Tensor) -> None:
     """Makes ``encoder`` read ``vectors`` before each text, in place."""
     encoder.add_module(NAME, SoftPrompt(vectors))
     encoder.register_forward_pre_hook(_read_first, with_kwargs=True)
-    encoder.register_forward_hook(_cut_off)
+    encoder.register_forward_hook(_cut_off, with_kwargs=True)
 
 
 def embedding_scale(encoder: nn.Module) -> float:
@@ -150,19 +151,36 @@ def _embedded(encoder: nn.Module, ids: Tensor) -> Tensor:
 def _read_first(
     encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Gives the encoder embeddings that begin with the prompt, in place of the ids."""
+    """Gives the encoder embeddings that begin with the prompt, in place of the ids.
+
+    Where it goes on with a text, whose prompt it has read, only the mask and the positions allow for that.
+    """
+    tokens = len(_prompt(encoder).vectors)
+    given: dict[str, Any] = {}
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None:
+        given["attention_mask"] = nn.functional.pad(mask, (tokens, 0), value=1)
+    if positions is not None:
+        given["position_ids"] = positions + tokens
+    if _goes_on(kwargs):
+        return args, {**kwargs, **given}
     (ids,) = args or (kwargs["input_ids"],)
     embedding: nn.Module = encoder.get_input_embeddings()  # type: ignore[operator]
-    embeddings: Tensor = _prompt(encoder)(embedding(ids))
-    mask = kwargs.get("attention_mask")
-    if mask is not None:
-        mask = nn.functional.pad(mask, (embeddings.shape[1] - mask.shape[1], 0), value=1)
-    given = {"input_ids": None, "inputs_embeds": embeddings, "attention_mask": mask}
-    return (), {**kwargs, **given}
+    if positions is not None:
+        own = torch.arange(tokens, device=ids.device).expand(len(ids), -1)
+        given["position_ids"] = torch.cat((own, positions + tokens), 1)
+    return (), {**kwargs, "input_ids": None, "inputs_embeds": _prompt(encoder)(embedding(ids)), **given}
 
 
-def _cut_off(encoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Takes the prompt's own positions off the states."""
+def _goes_on(kwargs: dict[str, Any]) -> bool:
+    kept = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    return kept is not None and kept.get_seq_length() > 0
+
+
+def _cut_off(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Takes the prompt's own positions off the states, where they are among them."""
+    if kwargs.get("inputs_embeds") is None:
+        return output
     tokens = len(_prompt(encoder).vectors)
     output.last_hidden_state = output.last_hidden_state[:, tokens:]
     if output.get("hidden_states") is not None:

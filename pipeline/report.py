@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import figures
 from pipeline.config import Config, TrainConfig
 from pipeline.layout import Layout, project_root
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEAD = ("", "test accuracy", "95% interval", "test loss", "forward passes", "seconds")
+SHOWN = ("loss", "accuracy", "score", "bleu", "rouge_l", "chrf", "exact_match", "token_f1")  # in curves
 RESULT, REFERENCE, AXIS = "#1f5fa8", "#8a8f98", "#4a4e55"
 
 
@@ -69,14 +71,19 @@ def rows(metrics: dict[str, Any], result: str = "this run") -> list[Row]:
 
 def table(metrics: dict[str, Any]) -> str:
     """The result table as plain text, columns aligned, and the pretraining line, as far as there are any."""
-    found = rows(metrics)
+    content = _content(metrics, "this run")
     lines = []
-    if found:
-        content = [HEAD, *(row.cells for row in found)]
-        used = [i for i in range(len(HEAD)) if i == 0 or any(line[i] for line in content[1:])]
+    if content:
+        used = [i for i in range(len(content[0])) if i == 0 or any(line[i] for line in content[1:])]
         widths = {i: max(len(line[i]) for line in content) for i in used}
         lines = ["  ".join(_aligned(line[i], widths[i], i) for i in used).rstrip() for line in content]
     return "\n".join([*lines, *_pretraining(metrics)])
+
+
+def _content(metrics: dict[str, Any], result: str) -> list[tuple[str, ...]]:
+    """The result table's head and lines: accuracies, or a task's own figures."""
+    found = rows(metrics, result)
+    return [HEAD, *(row.cells for row in found)] if found else figures.table(metrics, result)
 
 
 def _aligned(cell: str, width: int, column: int) -> str:
@@ -95,7 +102,7 @@ def verdict(metrics: dict[str, Any], optimizer: str) -> str:
     found = {row.name: row for row in rows(metrics)}
     run = found.get("this run")
     if run is None:
-        return "Nothing was tested."
+        return figures.verdict(metrics, optimizer) or "Nothing was tested."
     others = ("zero-shot", "AdamW (gradients)")
     compared = [_compared(run, found[name]) for name in others if name in found]
     if not compared:
@@ -146,11 +153,11 @@ def _is_project(layout: Layout) -> bool:
 
 
 def _result(metrics: dict[str, Any], config: Config) -> str:
-    found = rows(metrics, f"**{config.finetune.optimizer}** (this run)")
-    if not found:
+    content = _content(metrics, f"**{config.finetune.optimizer}** (this run)")
+    if not content:
         return ""
-    head = f"| {' | '.join(HEAD)} |\n|{'---|' + '---:|' * (len(HEAD) - 1)}"
-    lines = [f"| {' | '.join(row.cells)} |" for row in found]
+    head = f"| {' | '.join(content[0])} |\n|{'---|' + '---:|' * (len(content[0]) - 1)}"
+    lines = [f"| {' | '.join(cells)} |" for cells in content[1:]]
     note = "A forward pass is one of the model over one batch; a backward pass counts as two."
     return "\n".join(["## Result", "", head, *lines, "", note])
 
@@ -206,11 +213,13 @@ def _pictures(config: Config, layout: Layout, metrics: dict[str, Any], curves: d
     """
     drawn = []
     result = f"{config.finetune.optimizer} (this run)"
-    figures = {"accuracy": _accuracies(found, result) if (found := rows(metrics, result)) else None}
+    drawings: dict[str, Figure | None] = {
+        "accuracy": _accuracies(found, result) if (found := rows(metrics, result)) else None
+    }
     for stage in ("finetune", "pretrain"):
         options = config.finetune if stage == "finetune" else config.pretrain
-        figures[stage] = _curve(curves[stage], stage, options) if stage in curves else None
-    for name, figure in figures.items():
+        drawings[stage] = _curve(curves[stage], stage, options) if stage in curves else None
+    for name, figure in drawings.items():
         path = _save(figure or _canvas(0, height=1)[0], layout.plots / f"{name}.png")
         drawn += [path] if figure else []
     return drawn
@@ -249,12 +258,12 @@ def _curve(path: Path, stage: str, options: TrainConfig) -> Figure | None:
     if not lines:
         return None
     passes = [float(line["forward_passes"]) for line in lines]
-    shown = [key for key in ("loss", "accuracy") if key in lines[0]]
+    shown = [key for key in SHOWN if key in lines[0]][:3]
     figure, panels = _canvas(len(shown), height=3.6)
     for axes, key in zip(panels, shown, strict=True):
         scale = 100 if key == "accuracy" else 1
         axes.plot(passes, [float(line[key]) * scale for line in lines], "-o", color=RESULT, markersize=3.5)
-        axes.set_ylabel("validation accuracy, %" if key == "accuracy" else "validation loss, nats")
+        axes.set_ylabel("validation " + {"accuracy": "accuracy, %", "loss": "loss, nats"}.get(key, key))
         axes.set_xlabel("forward passes")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlim(left=0)

@@ -127,9 +127,9 @@ def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def write_predictions(path: Path, losses: Sequence[float], hits: Sequence[bool]) -> None:
-    """Writes a line for each test target: its loss in nats and whether it was predicted."""
-    rows = [f"{loss!r},{int(hit)}" for loss, hit in zip(losses, hits, strict=True)]
+def write_predictions(path: Path, losses: Sequence[float], scores: Sequence[float]) -> None:
+    """Writes a line for each test target: its loss and whether it was predicted, or how well, from 0 to 1."""
+    rows = [f"{loss!r},{score:g}" for loss, score in zip(losses, scores, strict=True)]
     path.write_text("\n".join(["loss,hit", *rows]) + "\n", encoding="utf-8")
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline import objective
+from pipeline import objective, user_code
 from pipeline import space as spaces
-from pipeline.config import Config, TrainConfig
+from pipeline.config import Config, FinetuneConfig, TrainConfig
+from pipeline.data.prepare import LABELS, PROMPTS, data_of
 from pipeline.entry_points import load
 from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.models import choose_device, locate, self_supervised_task
 from pipeline.noise import derive
 from pipeline.registry import Spec
-from pipeline.tasks.base import Start, Task, TaskModel
+from pipeline.tasks.base import WRITES_NONE, Start, Task, TaskModel
 from pipeline.trainer import Training
 
 READS = {"pretrain": "corpus", "finetune": "task"}  # what each training stage reads of the prepared data
@@ -22,10 +23,12 @@ READS = {"pretrain": "corpus", "finetune": "task"}  # what each training stage r
 
 def task_name(config: Config, stage: str) -> str:
     """The name of the ``pretrain`` or ``finetune`` stage's task."""
-    if stage == "finetune":
-        return config.prepare.task
-    name = config.pretrain.task
+    name = _named_task(config, stage)
     return self_supervised_task(locate(config.model)) if name == "auto" else name
+
+
+def _named_task(config: Config, stage: str) -> str:
+    return config.prepare.task if stage == "finetune" else config.pretrain.task
 
 
 def task(config: Config, stage: str) -> Task:
@@ -65,7 +68,14 @@ def space(options: TrainConfig, config: Config, model: TaskModel) -> spaces.Spac
 
 
 def training(options: TrainConfig, config: Config, patience: int = 0) -> Training:
-    """A section of the configuration as the trainer takes it."""
+    """A section of the configuration as the trainer takes it.
+
+    Raises:
+        UserError: a spec that does not parse, or an objective that does not suit the task.
+    """
+    stage = "finetune" if isinstance(options, FinetuneConfig) else "pretrain"
+    chosen = objective.parse(options.objective, lambda folder: task(config, stage).load(folder))
+    _check_objective(config, options, chosen)
     offered: dict[str, Any] = {
         "epsilon": options.epsilon,
         "sigma": options.sigma,
@@ -78,7 +88,23 @@ def training(options: TrainConfig, config: Config, patience: int = 0) -> Trainin
         evaluate_every=options.evaluate_every,
         run_seed=config.seed,
         patience=patience,
-        objective=objective.parse(options.objective),
+        objective=chosen,
         provenance=config.to_dict(),
+        code=user_code.digests(options.objective, _named_task(config, stage)),
         defaults={key: value for key, value in offered.items() if value is not None},
     )
+
+
+def _check_objective(config: Config, options: TrainConfig, chosen: objective.AnyObjective) -> None:
+    """Raises UserError for a score of texts where none are written, or where targets are needed and missing.
+
+    No model is needed to tell: a run is refused before anything is computed.
+    """
+    data = data_of(config.prepare.task) if isinstance(options, FinetuneConfig) else LABELS
+    if isinstance(chosen, objective.TextObjective) and data == LABELS:
+        raise UserError(WRITES_NONE)
+    if not isinstance(chosen, objective.TextObjective) and data == PROMPTS and config.prepare.label is None:
+        raise UserError(
+            f"the objective {options.objective} needs target texts, and the prompts have none: "
+            "name their column with --label, or choose an objective on what is written, such as length"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.objective import Objective, cross_entropy
+from pipeline.objective import AnyObjective, cross_entropy
 from pipeline.optimizer import BudgetSpent, Problem, Stalled
 from pipeline.registry import Spec, create, settle
 from pipeline.space import Space
@@ -34,7 +34,8 @@ class Training:
     """How to train: everything but the model and the data.
 
     ``defaults`` are options offered to the optimizer; ``provenance`` is the whole configuration, which the
-    trajectory keeps so that the start can be rebuilt.
+    trajectory keeps so that the start can be rebuilt; ``code`` is the digest of each file of the user's own
+    that it names.
     """
 
     optimizer: Spec
@@ -43,9 +44,10 @@ class Training:
     evaluate_every: int
     run_seed: int
     patience: int = 0
-    objective: Objective = cross_entropy
+    objective: AnyObjective = cross_entropy
     defaults: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -170,6 +172,12 @@ class _Loop:
         Raises:
             UserError: it is of another run, or its optimizer used gradients.
         """
+        if before.header.code != header.code:
+            changed = [path for path, digest in header.code.items() if before.header.code.get(path) != digest]
+            raise UserError(
+                f"{changed[0] if changed else 'a file of your own'} was changed since the run began: "
+                "put it back as it was, or begin another run"
+            )
         if before.header != header:
             raise UserError("the run to go on with was made with other parameters, data or weights")
         seconds = 0.0
@@ -285,5 +293,6 @@ def _header(training: Training, space: Space) -> Header:
         forward_passes=training.forward_passes,
         start=space.digest(),
         config=training.provenance,
+        code=training.code,
         machine=machine(space.device),
     )

@@ -38,7 +38,8 @@ class Header:
     """What the run was.
 
     ``defaults`` are the options offered to the optimizer besides its spec's, ``start`` the digest of the
-    start weights, ``config`` the whole configuration, ``machine`` what the last bits of sums may depend on.
+    start weights, ``config`` the whole configuration, ``code`` the digest of each file of the user's own that
+    it names, ``machine`` what the last bits of sums may depend on.
     """
 
     optimizer: str
@@ -49,6 +50,7 @@ class Header:
     forward_passes: int
     start: str
     config: dict[str, Any]
+    code: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict, compare=False)
     format: int = FORMAT
     noise: int = noise.VERSION

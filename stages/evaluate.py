@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline import start
 from pipeline.config import Config, with_yardstick
-from pipeline.evaluation import losses_and_hits, measure, measure_with_interval, with_interval
+from pipeline.evaluation import measured, tested
 from pipeline.models import choose_device
 from pipeline.report import table, verdict, write_report
 from pipeline.stage import Context, read_metrics, script, write_metrics, write_predictions
@@ -41,13 +41,13 @@ def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
     task = start.task(config, "finetune")
     begin = task.start(config, layout, layout.finetuned)
     result = task.load(layout.finetuned).to(choose_device(config.device))
-    losses, hits = losses_and_hits(result, begin.test)
-    write_predictions(layout.predictions, losses.tolist(), hits.tolist())
-    rows = {"test": with_interval(losses, hits)}
+    test = tested(begin, result)
+    write_predictions(layout.predictions, test.losses, test.scores)
+    rows = {"test": test.figures}
     write_metrics(layout.metrics, {**metrics, **_flat(rows)})  # whatever becomes of the yardsticks
     if config.evaluate.baselines:
         rows |= task.yardsticks(begin)
-        if config.evaluate.adamw:
+        if config.evaluate.adamw and len(begin.test[0].targets):  # without a target there is no gradient
             rows["adamw"] = _adamw(context, config, begin)
     return {**metrics, **_flat(rows)}
 
@@ -68,11 +68,14 @@ def _adamw(context: Context, config: Config, begin: Start) -> dict[str, float]:
             begin.model,
             space,
             begin.batch,
-            lambda: measure(begin.model, begin.validation),
+            lambda: measured(begin),
             on_step=on_step,
         )
-    figures = measure_with_interval(begin.model, begin.test)
-    return {**figures, "forward_passes": result.forward_passes, "seconds": result.seconds}
+    return {
+        **tested(begin, begin.model).figures,
+        "forward_passes": result.forward_passes,
+        "seconds": result.seconds,
+    }
 
 
 if __name__ == "__main__":

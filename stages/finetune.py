@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import start
-from pipeline.evaluation import features, measure
+from pipeline.evaluation import features, measured
 from pipeline.models import merge_lora, save_lora
 from pipeline.peak_memory import PeakMemory
 from pipeline.stage import Context, fresh_folder, script, write_metrics
@@ -39,7 +39,8 @@ def _finetune(context: Context, folder: Path) -> dict[str, float]:
         f"finetune: {training.optimizer} over {training.space} ({space.size:,} coordinates), "
         f"{training.forward_passes:,} forward passes"
     )
-    kept = features(begin.model, begin.validation) if space.only_in(begin.model.head_parameters()) else None
+    head_only = not begin.examiner and space.only_in(begin.model.head_parameters())
+    kept = features(begin.model, begin.validation) if head_only else None
     with (
         PeakMemory(space.device) as memory,
         context.training_progress("finetune", training.forward_passes) as (on_step, on_measure),
@@ -49,7 +50,7 @@ def _finetune(context: Context, folder: Path) -> dict[str, float]:
             begin.model,
             space,
             begin.batch,
-            lambda: measure(begin.model, begin.validation, kept),
+            lambda: measured(begin, kept),
             trajectory=folder / FILE,
             resume=context.resume,
             on_step=on_step,

@@ -77,7 +77,7 @@ def test_built_ins_of_every_kind_come_through_the_door() -> None:
     names = {kind: {plugin.name for plugin in installed([kind])} for kind in GROUPS}
     assert {"spsa", "es", "cmaes", "nevergrad", "adamw"} <= names["optimizer"]
     assert {"classification", "mlm", "clm"} <= names["task"]
-    assert {"cross_entropy", "error", "squared_error", "margin"} <= names["objective"]
+    assert {"cross_entropy", "error", "squared_error", "margin", "cosine", "f1", "kl"} <= names["objective"]
     assert names["stage"] == {"prepare", "pretrain", "tune", "finetune", "evaluate"}
 
 

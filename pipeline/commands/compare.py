@@ -44,12 +44,15 @@ def compare(
     from pipeline.comparison.run import NAME, plain
     from pipeline.comparison.run import compare as run
     from pipeline.comparison.table import markdown
+    from pipeline.data.prepare import LABELS, data_of
 
     if workers < 1 or tune < 0:
         raise UserError("--workers must be at least 1, and --tune at least 0")
     chosen = configure(config, {}, {"model": model, "finetune.forward_passes": forward_passes}, set_ or [])
     if chosen.prepare.task == "none":
         raise UserError("prepare.task is none: there is no fine-tuning to compare")
+    if data_of(chosen.prepare.task) != LABELS:
+        raise UserError(f"{chosen.prepare.task} does not measure accuracy, by which methods are compared")
     root = runs.folder(name, chosen, make=False)
     plan = Plan(root, chosen, parse_optimizers(optimizers), parse_seeds(seeds), tune)
     for each in plan.optimizers:

@@ -15,13 +15,15 @@ EXAMPLE_CHARACTERS = 200
 
 
 def card(
-    read: list[tuple[str, Rows]], task: TaskSplits | None, corpus: CorpusSplits | None
+    read: list[tuple[str, Rows]], task: TaskSplits | None, corpus: CorpusSplits | None, kind: str
 ) -> dict[str, Any]:
     """Plain values for ``card.json``. ``read`` pairs a source with its role: train, …, corpus.
 
+    ``kind`` is ``classification``, or the task's name where its labels are texts.
+
     ``hash`` covers every text and label of every split, so two cards with one hash describe the same data.
     """
-    task_card, corpus_card = task and _task(task), corpus and _corpus(corpus)
+    task_card, corpus_card = task and _task(task, kind), corpus and _corpus(corpus)
     parts = [
         f"{kind}/{split}/{about['sha256']}"
         for kind, described in (("task", task_card), ("corpus", corpus_card))
@@ -51,16 +53,19 @@ def _source(role: str, rows: Rows) -> dict[str, Any]:
     }
 
 
-def _task(task: TaskSplits) -> dict[str, Any]:
+def _task(task: TaskSplits, kind: str) -> dict[str, Any]:
     splits = {}
+    classes = kind == "classification"
     for name, examples in task.items():
         texts, labels = [e.text for e in examples], [e.label for e in examples]
-        about = {"labels": dict(sorted(Counter(labels).items())), **_lengths(texts)}
+        about = {"labels": dict(sorted(Counter(labels).items())) if classes else {}, **_lengths(texts)}
         splits[name] = {"rows": len(texts), "sha256": content_hash(texts, labels), **about}
-    names = sorted({example.label for example in task.train})
+    names = sorted({example.label for example in task.train}) if classes else []
     shown = {label: [e.text for e in task.train if e.label == label][:EXAMPLES] for label in names}
+    if not classes:
+        shown = {"": [f"{e.text} → {e.label}" if e.label else e.text for e in task.train[:EXAMPLES]]}
     return {
-        "kind": "classification",
+        "kind": kind,
         "labels": names,
         "splits": splits,
         "duplicates_dropped": task.duplicates_dropped,
@@ -125,19 +130,18 @@ def _source_lines(source: dict[str, Any]) -> list[str]:
 
 def _task_lines(task: dict[str, Any]) -> list[str]:
     names = task["labels"]
-    lines = ["## Task: classification", "", *_split_table(task["splits"], names)]
+    lines = [f"## Task: {_escaped(task['kind'])}", "", *_split_table(task["splits"], names)]
     lines += [
         f"- duplicates dropped: {task['duplicates_dropped']:,}",
-        f"- rows of a text with two labels dropped: {task['conflicting_dropped']:,}",
+        *([f"- rows of a text with two labels dropped: {task['conflicting_dropped']:,}"] if names else []),
         f"- rows found in two splits dropped (the test keeps, then validation): {task['overlap_dropped']:,}",
         "",
         "### Examples",
         "",
     ]
-    for label in names:
+    for label in names or [""]:
         lines += [
-            f"**{_escaped(label)}**",
-            "",
+            *([f"**{_escaped(label)}**", ""] if label else []),
             *(f"- {_escaped(text)}" for text in task["examples"][label]),
             "",
         ]

@@ -1,8 +1,8 @@
 """The prepare stage: sources to ``data/prepared``, and reading it back.
 
 ``task/`` is a saved `datasets.DatasetDict` of train, validation and test with the columns ``text`` (string)
-and ``label`` (ClassLabel, names sorted); ``corpus/`` one of train and validation with ``text``. ``card.json``
-and ``card.md`` describe both.
+and ``label`` (ClassLabel, names sorted), or, where a task's labels are texts, ``target`` (string);
+``corpus/`` one of train and validation with ``text``. ``card.json`` and ``card.md`` describe both.
 """
 
 from __future__ import annotations
@@ -11,22 +11,39 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, PrepareConfig
 from pipeline.data import card as cards
+from pipeline.data import questions
 from pipeline.data.sources import Rows, load, must_exist, read, select
-from pipeline.data.splits import CorpusSplits, Example, TaskSplits, few_shot, split_corpus, split_task
+from pipeline.data.splits import (
+    NO_TARGET,
+    CorpusSplits,
+    Example,
+    TaskSplits,
+    few_shot,
+    split_corpus,
+    split_task,
+)
 from pipeline.entry_points import installed
+from pipeline.entry_points import load as load_plugin
 from pipeline.errors import UserError, unknown
 from pipeline.layout import Layout
+from pipeline.user_code import Reference
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 # The word among the sources of the corpus that stands for the task's own training texts.
 OWN_TEXT = "task"
+
+LABELS = "labels"  # texts and their classes
+PAIRS = "pairs"  # texts and the texts they become
+QUESTIONS = "questions"  # about a context, with answers that are spans of it
+PROMPTS = "prompts"  # texts to go on from, and perhaps how
 
 _Read = list[tuple[str, Rows]]
 
@@ -44,15 +61,29 @@ def prepare(config: Config, layout: Layout) -> dict[str, Any]:
     wanted = config.prepare
     check_sources(config)
     read_so_far: _Read = []
-    task = _task(wanted, read_so_far) if wanted.task != "none" else None
+    data = "" if wanted.task == "none" else data_of(wanted.task)
+    task = _task(wanted, data, read_so_far) if data else None
     corpus = _corpus(wanted, task, read_so_far)
     if task and wanted.shots is not None:  # the corpus needs no labels: it has all training texts
         task = few_shot(task, wanted.shots, config.seed)
     if task is None and corpus is None:
         raise UserError("nothing to prepare: prepare.task is none and prepare.corpus is empty")
-    card = cards.card(read_so_far, task, corpus)
-    _replace(layout.prepared, task, corpus, card)
+    card = cards.card(read_so_far, task, corpus, wanted.task if data != LABELS else "classification")
+    _replace(layout.prepared, task, data, corpus, card)
     return card
+
+
+def data_of(task: str) -> str:
+    """What rows a task reads: `LABELS`, `PAIRS`, `PROMPTS` or `QUESTIONS`; its class's attribute ``data``.
+
+    Raises:
+        UserError: no such task, or one that reads something else.
+    """
+    kind = getattr(load_plugin("task", task), "data", LABELS)
+    known = (LABELS, PAIRS, PROMPTS, QUESTIONS)
+    if kind not in known:
+        raise unknown("data of a task", str(kind), known)
+    return str(kind)
 
 
 def check_sources(config: Config) -> None:
@@ -63,7 +94,7 @@ def check_sources(config: Config) -> None:
     """
     wanted = config.prepare
     tasks = ["none", *(plugin.name for plugin in installed(["task"]))]
-    if wanted.task not in tasks:
+    if wanted.task not in tasks and not Reference.parse(wanted.task):
         raise unknown("task", wanted.task, tasks)
     files = [wanted.train, wanted.validation, wanted.test] if wanted.task != "none" else []
     for source in [*files, *wanted.corpus]:
@@ -72,7 +103,10 @@ def check_sources(config: Config) -> None:
 
 
 def load_task(layout: Layout) -> DatasetDict:
-    """The prepared task: train, validation, test; ``text`` string, ``label`` ClassLabel.
+    """The prepared task: train, validation, test; ``text`` string, ``label`` ClassLabel or ``target`` string.
+
+    Prompts that come without a target have no such column. Questions have ``question``, ``context``,
+    ``answers`` and ``starts``.
 
     Raises:
         UserError: prepare has not run, or it ran with task none.
@@ -100,21 +134,30 @@ def _load(folder: Path, what: str) -> DatasetDict:
     return load_from_disk(str(folder), keep_in_memory=True)
 
 
-def _task(wanted: PrepareConfig, read_so_far: _Read) -> TaskSplits:
+def _task(wanted: PrepareConfig, data: str, read_so_far: _Read) -> TaskSplits:
     examples: dict[str, list[Example] | None] = {}
     for role, source in (("train", wanted.train), ("validation", wanted.validation), ("test", wanted.test)):
         examples[role] = None
         if source is not None:
-            rows = read(source, text=wanted.text, label=wanted.label, labelled=True)
+            rows = _rows(source, wanted, data)
             read_so_far.append((role, rows))
-            examples[role] = [Example(*pair) for pair in zip(rows.texts, rows.labels or [], strict=True)]
+            labels = rows.labels or [NO_TARGET] * len(rows.texts)
+            examples[role] = [Example(*pair) for pair in zip(rows.texts, labels, strict=True)]
     return split_task(
         examples["train"] or [],
         examples["validation"],
         examples["test"],
         wanted.validation_size,
         wanted.test_size,
+        classes=data == LABELS,
     )
+
+
+def _rows(source: str, wanted: PrepareConfig, data: str) -> Rows:
+    if data == QUESTIONS:
+        return questions.read(source, question=wanted.text, answers=wanted.label)
+    labelled = data != PROMPTS or wanted.label is not None
+    return read(source, text=wanted.text, label=wanted.label, labelled=labelled)
 
 
 def _corpus(wanted: PrepareConfig, task: TaskSplits | None, read_so_far: _Read) -> CorpusSplits | None:
@@ -144,7 +187,7 @@ def _unlabelled(source: str, wanted: PrepareConfig) -> Rows:
 
 
 def _replace(
-    folder: Path, task: TaskSplits | None, corpus: CorpusSplits | None, card: dict[str, Any]
+    folder: Path, task: TaskSplits | None, data: str, corpus: CorpusSplits | None, card: dict[str, Any]
 ) -> None:
     """Builds the whole folder beside ``folder``, then swaps the two by renames."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +196,8 @@ def _replace(
         built.mkdir()
         with _no_progress_bars():
             if task:
-                _save_task(task, built / "task")
+                save = {LABELS: _save_task, QUESTIONS: _save_questions}.get(data, _save_texts)
+                save(task, built / "task")
             if corpus:
                 _save_corpus(corpus, built / "corpus")
         text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
@@ -174,6 +218,29 @@ def _save_task(task: TaskSplits, folder: Path) -> None:
         labels = [names.index(example.label) for example in examples]
         columns = {"text": [example.text for example in examples], "label": labels}
         return Dataset.from_dict(columns, features=features)
+
+    DatasetDict({name: dataset(examples) for name, examples in task.items()}).save_to_disk(str(folder))
+
+
+def _save_texts(task: TaskSplits, folder: Path) -> None:
+    """Texts and their target texts; where there are none, the texts alone."""
+    from datasets import Dataset, DatasetDict
+
+    def dataset(examples: list[Example]) -> Dataset:
+        columns = {"text": [example.text for example in examples]}
+        if any(example.label for example in examples):
+            columns["target"] = [example.label for example in examples]
+        return Dataset.from_dict(columns)
+
+    DatasetDict({name: dataset(examples) for name, examples in task.items()}).save_to_disk(str(folder))
+
+
+def _save_questions(task: TaskSplits, folder: Path) -> None:
+    """The columns ``question``, ``context``, ``answers`` and where they begin, ``starts``."""
+    from datasets import Dataset, DatasetDict
+
+    def dataset(examples: list[Example]) -> Dataset:
+        return Dataset.from_list([asdict(questions.Question.of(*example)) for example in examples])
 
     DatasetDict({name: dataset(examples) for name, examples in task.items()}).save_to_disk(str(folder))
 

@@ -152,12 +152,13 @@ def select(table: Table, *, text: str | None, label: str | None, labelled: bool)
             labels.append(_as_label(table, label, row, place))
     if not texts:
         raise UserError(f"{table.source}: column '{text}' is empty in every row")
-    about = _about(table.source)
+    told = about(table.source)
     kept = labels if labelled else None
-    return Rows(table.source, texts, kept, content_hash(texts, kept), empty, **about)
+    return Rows(table.source, texts, kept, content_hash(texts, kept), empty, **told)
 
 
-def _about(source: str) -> dict[str, str]:
+def about(source: str) -> dict[str, str]:
+    """Licence, description and citation of a source, as far as they are known."""
     if source.startswith(packages.PREFIX):
         entry = packages.PACKAGES[source.removeprefix(packages.PREFIX)]
         described = f"{entry.description}; from {entry.archive}, sha256 {entry.archive.sha256}"

@@ -22,6 +22,8 @@ from pipeline.errors import UserError
 SMALL_SHARE = 0.15
 MIN_TRAIN = 8
 
+NO_TARGET = ""  # the label of a text without one
+
 
 class Example(NamedTuple):
     text: str
@@ -92,8 +94,12 @@ def split_task(
     test: Sequence[Example] | None,
     validation_size: int,
     test_size: int,
+    *,
+    classes: bool = True,
 ) -> TaskSplits:
     """Three splits; what is not given is held out of ``train``, in proportion to the labels.
+
+    Without ``classes`` a label is a text of its own, of which a text may have several: the first is kept.
 
     A given test set is used whole, copies included, and a given validation set but for what is in the test
     set: a text found in two splits stays in the test set first, then in validation.
@@ -101,7 +107,7 @@ def split_task(
     Raises:
         UserError: fewer than two labels, a label missing from train or test, too few rows.
     """
-    pool, duplicates, conflicting = _deduplicated(train)
+    pool, duplicates, conflicting = _deduplicated(train, classes)
     splits = TaskSplits(pool, [], [], duplicates, conflicting)
     if test is not None:
         splits.test = _sorted(test)
@@ -112,10 +118,12 @@ def split_task(
     wanted |= {"validation": validation_size} if validation is None else {}
     sizes = _sizes(len(pool), wanted, splits.notes)
     if test is None:
-        splits.test, pool = _take(pool, sizes["test"])
+        splits.test, pool = _take(pool, sizes["test"], classes)
     if validation is None:
-        splits.validation, pool = _take(pool, sizes["validation"])
+        splits.validation, pool = _take(pool, sizes["validation"], classes)
     splits.train = pool
+    if classes:
+        _check_labels(splits)
     _check(splits)
     return splits
 
@@ -149,13 +157,13 @@ def _drawn(examples: Sequence[Example], shots: int, seed: int) -> list[Example]:
     return drawn
 
 
-def _deduplicated(examples: Iterable[Example]) -> tuple[list[Example], int, int]:
-    """In hash order, one copy a text, none of a text with two labels; the counts of copies and conflicts."""
+def _deduplicated(examples: Iterable[Example], classes: bool) -> tuple[list[Example], int, int]:
+    """In hash order, one copy a text, none of a text in two classes; the counts of copies and conflicts."""
     kept: list[Example] = []
     duplicates = conflicting = 0
     for _, group in groupby(_sorted(examples), key=lambda example: normalise(example.text)):
         copies = list(group)
-        if len({example.label for example in copies}) > 1:
+        if classes and len({example.label for example in copies}) > 1:
             conflicting += len(copies)
         else:
             kept.append(copies[0])
@@ -184,8 +192,13 @@ def _sizes(rows: int, wanted: dict[str, int], notes: list[str]) -> dict[str, int
     return {name: min(size, limit) for name, size in wanted.items()}
 
 
-def _take(pool: list[Example], size: int) -> tuple[list[Example], list[Example]]:
-    """The head of the pool, ``size`` examples in proportion to the labels, at least one of each; the rest."""
+def _take(pool: list[Example], size: int, classes: bool) -> tuple[list[Example], list[Example]]:
+    """The head of the pool, ``size`` examples, and the rest.
+
+    Of ``classes`` it takes in proportion to the labels, at least one of each.
+    """
+    if not classes:
+        return pool[:size], pool[size:]
     left = _quotas(Counter(example.label for example in pool), size)
     taken: list[Example] = []
     rest: list[Example] = []
@@ -206,7 +219,7 @@ def _quotas(counts: Counter[str], size: int) -> dict[str, int]:
     return {label: max(1, quota) for label, quota in quotas.items()}
 
 
-def _check(splits: TaskSplits) -> None:
+def _check_labels(splits: TaskSplits) -> None:
     known = {example.label for example in splits.train}
     every = {example.label for _, examples in splits.items() for example in examples}
     if len(every) < 2:
@@ -221,6 +234,9 @@ def _check(splits: TaskSplits) -> None:
             )
     if missing := known - {example.label for example in splits.test}:
         raise UserError(f"no test row has the label {_quoted(missing)}; give test rows of every label")
+
+
+def _check(splits: TaskSplits) -> None:
     if not splits.validation:
         raise UserError("no validation rows are left; give more rows, or other ones than the test's")
     if len(splits.train) < MIN_TRAIN:

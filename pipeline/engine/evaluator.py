@@ -13,10 +13,15 @@ from pipeline import noise
 from pipeline.engine import shared
 from pipeline.engine.scorer import Scorer
 from pipeline.errors import UserError
-from pipeline.objective import Objective, cross_entropy
+from pipeline.objective import AnyObjective, TextObjective, cross_entropy, judge
 from pipeline.optimizer import BudgetSpent, Candidate, Drawn, Explicit, Move, Seeded
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
+
+_NO_GRADIENT = (
+    "this optimizer needs a gradient, which the objective has not; "
+    "choose the objective cross_entropy or another optimizer"
+)
 
 
 @dataclass
@@ -40,7 +45,7 @@ class Engine:
         space: Space,
         budget: int,
         run_seed: int,
-        objective: Objective = cross_entropy,
+        objective: AnyObjective = cross_entropy,
     ) -> None:
         self.model = model.eval()
         self.objective = objective
@@ -49,7 +54,9 @@ class Engine:
         self.run_seed = run_seed
         self.forward_passes = 0
         space.fused = noise.worth_fusing(space.elements * budget)
-        self._head_only = space.only_in(model.head_parameters())
+        # what is written is written anew at each candidate
+        writes = isinstance(objective, TextObjective)
+        self._head_only = not writes and space.only_in(model.head_parameters())
         self._scorer = Scorer(model, space, objective)
         self._kept: dict[int, Tensor] = {}
         self._shared: shared.Features | None = None
@@ -116,6 +123,8 @@ class Engine:
         Raises:
             UserError: the objective has none.
         """
+        if isinstance(self.objective, TextObjective):
+            raise UserError(_NO_GRADIENT)
         self.spend(3)
         tensors = [searched.parameter for searched in self.space.tensors]
         cuda = [self.space.device] if self.space.device.type == "cuda" else []
@@ -123,12 +132,9 @@ class Engine:
             torch.manual_seed(noise.derive(self.run_seed, 4, step))
             self.model.train()
             try:
-                loss = self.objective(self.model(batch), batch.targets)
+                loss = judge(self.objective, batch)(self.model(batch))
                 if not loss.requires_grad:
-                    raise UserError(
-                        "this optimizer needs a gradient, which the objective has not; "
-                        "choose the objective cross_entropy or another optimizer"
-                    )
+                    raise UserError(_NO_GRADIENT)
                 gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
             finally:
                 self.model.eval()

@@ -76,5 +76,27 @@ class OnePoint:
             self._memory = self._scratch.like(group)
             self._space.write(self._candidate, group, self._memory)
             self._held = group
-        start = searched.offset - group.start
-        return self._memory[start : start + searched.parameter.numel()].view(searched.parameter.shape)
+        return _part(self._memory, searched, group)
+
+
+class HeldPoint(OnePoint):
+    """One candidate that is read many times, a token at a time: what is perturbed once is held.
+
+    The memory above inference is that of the searched tensors.
+    """
+
+    def __init__(self, space: Space, candidate: Candidate) -> None:
+        super().__init__(space, candidate, Scratch())
+        self._written: dict[int, Tensor] = {}
+
+    def _value(self, searched: Searched, group: Group) -> Tensor:
+        if id(group) not in self._written:
+            memory = self._written[id(group)] = torch.empty_like(group.flat)
+            self._space.write(self._candidate, group, memory)
+        return _part(self._written[id(group)], searched, group)
+
+
+def _part(memory: Tensor, searched: Searched, group: Group) -> Tensor:
+    """The tensor's own part of its group."""
+    start = searched.offset - group.start
+    return memory[start : start + searched.parameter.numel()].view(searched.parameter.shape)

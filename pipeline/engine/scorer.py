@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pipeline.engine.batched import CannotBatch, LowRankSource, ManyPoints, Source, Stacked, repeated
 from pipeline.engine.modules import Point, SearchedModules
-from pipeline.engine.onthefly import OnePoint, Scratch
+from pipeline.engine.onthefly import HeldPoint, OnePoint, Scratch
 from pipeline.errors import UserError
-from pipeline.objective import Objective, cross_entropy
+from pipeline.objective import AnyObjective, TextObjective, cross_entropy, judge
 from pipeline.optimizer import Candidate, Seeded
 from pipeline.prompt import tokens_in
 from pipeline.space import Space
@@ -36,9 +36,10 @@ class Scorer:
     layers keep the lanes apart: what that gives is held, once, against one by one.
     """
 
-    def __init__(self, model: TaskModel, space: Space, objective: Objective) -> None:
+    def __init__(self, model: TaskModel, space: Space, objective: AnyObjective) -> None:
         self._model = model
         self._objective = objective
+        self._judged: Callable[[Tensor], Tensor] = lambda logits: logits  # set by `losses`, for its batch
         self._space = space
         self._prompt = tokens_in(model)
         self._modules = SearchedModules(model, space)
@@ -66,11 +67,24 @@ class Scorer:
 
         ``features``, where given, are what the head reads.
         """
+        if isinstance(self._objective, TextObjective):
+            return torch.tensor([self._written(batch, each, self._objective) for each in candidates])
+        self._judged = judge(self._objective, batch)
         parts = [
             self._scored(batch, features, candidates[start : start + count])
             for start, count in self._lanes(batch, features, candidates)
         ]
         return torch.cat(parts).cpu()
+
+    def _written(self, batch: Batch, candidate: Candidate, objective: TextObjective) -> float:
+        """The objective of what is written at a candidate: one by one, since texts end where they end."""
+        point: Point = HeldPoint(self._space, candidate)
+        if isinstance(candidate, Seeded) and candidate.low_rank:
+            point = ManyPoints(self._source([candidate]), 1, set(), None)
+        with self._modules.at(point):
+            texts = self._model.write(batch)
+        assert batch.asked
+        return objective.loss(batch.asked, texts)
 
     def _scored(self, batch: Batch, features: Tensor | None, candidates: Sequence[Candidate]) -> Tensor:
         if len(candidates) > 1:
@@ -111,7 +125,7 @@ class Scorer:
         with self._modules.at(point):
             logits = self._model(batch) if features is None else self._model.outputs(features)
         self._classes = logits.shape[-1]
-        losses = self._objective(logits.reshape(lanes, -1, logits.shape[-1]), batch.targets)
+        losses = self._judged(logits.reshape(lanes, -1, logits.shape[-1]))
         if not isinstance(losses, Tensor) or losses.shape != (lanes,):
             made = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise UserError(
@@ -142,6 +156,10 @@ class Scorer:
             most = min(most, _STACKED // self._space.elements)
         if features is not None:
             return max(1, min(most, _STACKED // features.numel()))
+        if (
+            "decoder_input_ids" in batch.inputs
+        ):  # rows of two lengths: a module's inputs do not show whose they are
+            return 1
         examples, length = batch.inputs["input_ids"].shape
         tokens = self._prompt + length
         most = min(most, _TOKENS.get(self._space.device.type, _TOKENS_ELSEWHERE) // (examples * tokens))
@@ -153,11 +171,11 @@ class Scorer:
 
         By cross-entropy whatever the objective: one of few values may agree by chance.
         """
-        objective, self._objective = self._objective, cross_entropy
+        judged, self._judged = self._judged, judge(cross_entropy, batch)
         try:
             return self._alike(batch, features, candidates)
         finally:
-            self._objective = objective
+            self._judged = judged
 
     def _alike(self, batch: Batch, features: Tensor | None, candidates: Sequence[Candidate]) -> bool:
         segment = self._space.segments[0]

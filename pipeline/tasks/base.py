@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.config import Config
     from pipeline.layout import Layout
+
+WRITES_NONE = (
+    "the objective scores texts, and this task's model writes none: choose a task that does, such as "
+    "generation, or an objective on outputs, such as cross_entropy"
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model answers in its own words, where a task has it write.
+
+    ``inputs`` are what it reads before the first word, the end of each text at the end of its row;
+    ``references`` are what it may write, of one answer or several, and None where nothing is known;
+    ``lengths`` are how many targets each example has; ``seed`` is what drawing starts from.
+    """
+
+    inputs: dict[str, Tensor]
+    prompts: tuple[str, ...]
+    references: tuple[tuple[str, ...], ...] | None
+    lengths: tuple[int, ...]
+    seed: int
+
+    def to(self, device: torch.device) -> Asked:
+        """The same on another device."""
+        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()})
 
 
 @dataclass(frozen=True)
@@ -24,13 +51,15 @@ class Batch:
     ``inputs`` maps the model's argument names to tensors ``[examples, tokens]``. ``targets`` is int64
     ``[outputs]``. ``positions`` are the flat token positions that have a target, int64 ``[outputs]``, or None
     where each example has one. ``examples`` are row numbers in the data set, or None where the inputs change
-    each time they are drawn and nothing computed from them can be kept.
+    each time they are drawn and nothing computed from them can be kept. ``asked`` is set where the model is
+    to write texts.
     """
 
     inputs: dict[str, Tensor]
     targets: Tensor
     positions: Tensor | None = None
     examples: tuple[int, ...] | None = None
+    asked: Asked | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
@@ -39,6 +68,7 @@ class Batch:
             self.targets.to(device),
             None if self.positions is None else self.positions.to(device),
             self.examples,
+            None if self.asked is None else self.asked.to(device),
         )
 
 
@@ -62,6 +92,14 @@ class TaskModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Logits ``[outputs, classes]``."""
         return self.outputs(self.features(batch))
+
+    def write(self, batch: Batch) -> list[str]:
+        """What the model writes for each example that is ``asked``.
+
+        Raises:
+            UserError: it is not one that writes.
+        """
+        raise UserError(WRITES_NONE)
 
     def head_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that only ``outputs`` reads."""
@@ -91,12 +129,34 @@ class BatchSource(Protocol):
     def __call__(self, step: int) -> Batch: ...
 
 
+@dataclass(frozen=True)
+class Tested:
+    """Held-out ``figures``, and of each test example its loss and how well it was answered, from 0 to 1."""
+
+    figures: dict[str, float]
+    losses: list[float]
+    scores: list[float]
+
+
+class Examiner(Protocol):
+    """Measures a task whose figures are not loss and accuracy over targets."""
+
+    def measure(self, model: TaskModel, batches: Sequence[Batch]) -> dict[str, float]:
+        """``loss``, and the task's own figures."""
+        ...
+
+    def test(self, model: TaskModel, batches: Sequence[Batch]) -> Tested:
+        """`measure`, with what each example came to."""
+        ...
+
+
 @dataclass
 class Start:
     """Where a stage's training starts: a model on its device in eval mode, and batches.
 
     ``batch`` gives the batches to train on; ``train``, ``validation`` and ``test`` every example once, the
-    first and last empty where nothing is measured on them.
+    first and last empty where nothing is measured on them. ``examiner`` measures; without one, loss and
+    accuracy over the targets are.
     """
 
     model: TaskModel
@@ -105,6 +165,7 @@ class Start:
     validation: list[Batch]
     train: list[Batch] = field(default_factory=list)
     test: list[Batch] = field(default_factory=list)
+    examiner: Examiner | None = None
 
 
 @runtime_checkable

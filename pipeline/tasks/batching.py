@@ -22,6 +22,12 @@ def pad(tokens: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 
+def pad_left(tokens: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """As `pad`, padded on the left: every row ends where the next token is to be written."""
+    turned = pad([list(reversed(row)) for row in tokens], pad_id)
+    return {name: tensor.flip(1) for name, tensor in turned.items()}
+
+
 def shuffled(count: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Row numbers of batch ``step``: each epoch is a permutation from ``seed``; batches run over its end.
 

@@ -25,6 +25,7 @@ from pipeline.models import (
 from pipeline.noise import derive
 from pipeline.prompt import stored_tokens
 from pipeline.space import parse
+from pipeline.tasks.about import About
 from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled
 from pipeline.tasks.classification import (
@@ -51,6 +52,13 @@ class Classification:
     """Text classification: by the language model in a template's words, or by a head over its features."""
 
     reads: ClassVar[str] = "task"
+    about = About(
+        data="texts and their labels",
+        models="encoders, decoders",
+        objectives=("cross_entropy", "error", "f1", "margin", "squared_error", "cosine", "kl"),
+        metrics=("accuracy", "loss"),
+        example="pipeline run --train my.csv --text review --label verdict",
+    )
 
     def start(self, config: Config, layout: Layout, folder: Path | None) -> Start:
         """The classifier before training, which is also the zero-shot one. Its head is kept in ``folder``.
@@ -234,12 +242,26 @@ class MaskedLM(_LanguageModelling):
     """Masked language modelling (Devlin et al. 2019)."""
 
     name = "mlm"
+    about = About(
+        data="unlabelled texts",
+        models="encoders",
+        objectives=("cross_entropy",),
+        metrics=("loss", "accuracy"),
+        example="pipeline run --task none -S prepare.corpus=[my.txt] -S pretrain.task=mlm",
+    )
 
 
 class CausalLM(_LanguageModelling):
     """Causal language modelling."""
 
     name = "clm"
+    about = About(
+        data="unlabelled texts",
+        models="decoders",
+        objectives=("cross_entropy",),
+        metrics=("loss", "accuracy"),
+        example="pipeline run --task none --model DIR -S prepare.corpus=[my.txt] -S pretrain.task=clm",
+    )
 
 
 def _check_length(

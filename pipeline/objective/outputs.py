@@ -1,39 +1,8 @@
-"""A model's outputs and their targets to one scalar, always minimised: the only place that knows the sign.
-
-An objective is a function of logits and targets. Logits are ``[candidates, outputs, classes]`` (the first
-dimension may be missing, or more), targets int64 ``[outputs]``; it gives a loss for each candidate, float32
-``[candidates]``. It may overwrite logits that need no gradient. It need not have a gradient: only the
-yardstick asks for one. Others come through the entry-point group ``pipeline.objectives``.
-"""
+"""Objectives on outputs: functions of logits ``[…, outputs, classes]`` and targets ``[outputs]``."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Protocol
-
 from torch import Tensor, nn
-
-from pipeline.entry_points import load
-from pipeline.errors import UserError
-from pipeline.registry import Spec, check_options
-
-
-class Objective(Protocol):
-    def __call__(self, logits: Tensor, targets: Tensor, /) -> Tensor: ...
-
-
-def parse(text: str) -> Objective:
-    """The objective that ``name[,option=value…]`` names; options are keyword-only parameters of the function.
-
-    Raises:
-        UserError: no such objective or option.
-    """
-    spec = Spec.parse(text)
-    if spec.name:
-        raise UserError(f"objective '{text}' has no variants; write '{spec.backend}'")
-    function = load("objective", spec.backend)
-    options = check_options("objective", spec, function)
-    return partial(function, **options) if options else function
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -68,6 +37,22 @@ def margin(logits: Tensor, targets: Tensor, *, width: float = 1.0) -> Tensor:
     chosen = _of_targets(logits, targets)
     others = logits.scatter(-1, targets.expand(logits.shape[:-1])[..., None], float("-inf")).amax(-1)
     return (width + others - chosen).clamp(min=0.0).mean(-1)
+
+
+def cosine(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cosine distance between predicted probabilities and targets: from 0 to 1."""
+    probabilities = logits.float().softmax(-1)
+    lengths: Tensor = probabilities.square().sum(-1).sqrt()
+    return (1.0 - _of_targets(probabilities, targets) / lengths).mean(-1)
+
+
+def f1(logits: Tensor, targets: Tensor) -> Tensor:
+    """One minus macro F1 on the batch: the mean over the classes that are a target or predicted."""
+    predicted = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
+    true = nn.functional.one_hot(targets, logits.shape[-1]).bool()
+    hits = (predicted & true).sum(-2)
+    either = predicted.sum(-2) + true.sum(-2)  # true positives twice, and every miss once
+    return 1.0 - (2.0 * hits / either.clamp(min=1)).sum(-1) / (either > 0).sum(-1)
 
 
 def _of_targets(values: Tensor, targets: Tensor) -> Tensor:
