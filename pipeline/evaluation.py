@@ -17,7 +17,7 @@ from pipeline.tasks.base import Batch, Start, TaskModel, Tested
 def features(model: TaskModel, batches: Sequence[Batch]) -> list[Tensor]:
     """What the head reads of each batch. It can be kept for as long as nothing below the head moves."""
     device = next(model.parameters()).device
-    known = shared.store(model, 0)
+    known = shared.store(model, "held-out")
     if known is None:
         return [model.features(batch.to(device)) for batch in batches]
     found = []

@@ -354,7 +354,7 @@ def test_a_run_towards_targets_has_all_yardsticks(gpt2: Path, texts: Path, tmp_p
     ("more", "said"),
     [
         ((), "the objective cross_entropy needs target texts, and the prompts have none"),
-        (("--objective", "length", "-S", "finetune.template=x"), "finetune.template has no {text}"),
+        (("--objective", "length", "-S", "finetune.template=x"), "template 'x' must hold {text} once"),
         (
             ("--objective", "length", "-S", "finetune.max_length=62"),
             "are 67 tokens together; the model takes",

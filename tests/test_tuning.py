@@ -206,17 +206,17 @@ def test_features_are_shared_inside_and_forgotten_outside(base: Layout, config: 
 
     begin = start.begin(config, base, "finetune", None)
     batch = begin.batch(0)
-    assert shared.store(begin.model, 8) is None
+    assert shared.store(begin.model, "8") is None
     with shared.sharing():
-        kept = shared.store(begin.model, 8)
+        kept = shared.store(begin.model, "8")
         assert kept is not None
         kept[shared.content(batch, [0])] = torch.ones(1)
-        assert shared.store(begin.model, 8) is kept
-        assert shared.store(begin.model, 4) is not kept
+        assert shared.store(begin.model, "8") is kept
+        assert shared.store(begin.model, "4") is not kept
         with torch.no_grad():
             next(begin.model.encoder.parameters()).add_(1.0)
-        assert shared.store(begin.model, 8) == {}
-    assert shared.store(begin.model, 8) is None
+        assert shared.store(begin.model, "8") == {}
+    assert shared.store(begin.model, "8") is None
 
 
 def test_features_are_left_for_other_processes(base: Layout, config: Config, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_features_are_left_for_other_processes(base: Layout, config: Config, tmp
     begin = start.begin(config, base, "finetune", None)
     for _ in range(2):  # the second entry stands for another process
         with shared.sharing(tmp_path / "features"):
-            kept = shared.store(begin.model, 8)
+            kept = shared.store(begin.model, "8")
             assert kept is not None
             assert len(kept) == (1 if list(tmp_path.glob("features/*")) else 0)
             kept["a"] = torch.arange(3.0)
@@ -235,7 +235,7 @@ def test_features_are_left_for_other_processes(base: Layout, config: Config, tmp
     [path] = (tmp_path / "features").iterdir()
     assert path.suffix == ".safetensors"
     with shared.sharing(tmp_path / "features"):
-        found = shared.store(begin.model, 8)
+        found = shared.store(begin.model, "8")
         assert found is not None
         assert torch.equal(found["a"], torch.arange(3.0))
         assert shared.once("key", lambda: 1) == shared.once("key", lambda: 2) == 1

@@ -147,7 +147,7 @@ class Engine:
         missing = [i for i, example in enumerate(batch.examples) if example not in self._kept]
         if missing:
             if not self._kept:
-                self._shared = shared.store(self.model, len(batch.examples))
+                self._shared = shared.store(self.model, f"{self.run_seed}x{len(batch.examples)}")
             missing = self._taken_over(batch, missing)
         if missing:
             rows = torch.tensor(missing, device=batch.targets.device)

@@ -57,11 +57,11 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
     return made
 
 
-def store(model: TaskModel, batch_size: int) -> Features | None:
+def store(model: TaskModel, order: str) -> Features | None:
     """What runs share of ``model``, below its head; None outside `sharing`.
 
-    The last bits of features depend on how many texts were encoded at once, so batches of another size share
-    nothing. Only one model's are held: the next replaces them.
+    The last bits of features depend on which texts were encoded at once, so only runs of one ``order``, of
+    batches of one size in one sequence, share them. Only one model's are held: the next replaces them.
     """
     if _shared is None:
         return None
@@ -69,7 +69,7 @@ def store(model: TaskModel, batch_size: int) -> Features | None:
     if any(not key.startswith(weights) for key in _shared.stores):
         _shared.stores.clear()
         _shared.saved.clear()
-    name = f"{weights}-{batch_size}"
+    name = f"{weights}-{order}"
     if name not in _shared.stores:
         _shared.stores[name] = _read(name)
         _shared.saved[name] = len(_shared.stores[name])

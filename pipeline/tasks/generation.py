@@ -19,6 +19,7 @@ from pipeline.tasks.about import About
 from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled
 from pipeline.tasks.seq2seq import Answered, Seq2Seq, start_token
+from pipeline.tasks.template import TEXT
 from pipeline.tasks.writing import (
     CONFIG,
     Continued,
@@ -26,7 +27,6 @@ from pipeline.tasks.writing import (
     Phrasing,
     WritingData,
     check_room,
-    check_template,
 )
 from pipeline.text_evaluation import TextExaminer
 
@@ -54,7 +54,7 @@ class Writing:
         if not (layout.pretrained / "config.json").is_file():
             raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
         options, location = config.finetune, str(layout.pretrained)
-        template = check_template(options.template)
+        template = options.template or TEXT
         rows, tokenizer = self._rows(layout), load_tokenizer(location)
         prompt = parse(options.space).options.get("tokens", 0) or stored_tokens(layout.pretrained)
         check_room(load_config(location), prompt, options.max_length, options.max_new_tokens)

@@ -19,12 +19,12 @@ from pipeline.tasks.base import Asked, Batch
 from pipeline.tasks.batching import pad, pad_left
 from pipeline.tasks.decoding import Decoding, decode
 from pipeline.tasks.language_modelling import LanguageModel
+from pipeline.tasks.template import TEXT
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TEXT = "{text}"
 CONFIG = "writing.json"
 
 
@@ -226,19 +226,6 @@ def _filled(template: str, text: str, tokenizer: PreTrainedTokenizerBase, max_le
         f"finetune.max_length is {max_length}, which leaves no room for a text in the template "
         f"'{' '.join(template.split())}'; raise it, or shorten finetune.template"
     )
-
-
-def check_template(template: str | None) -> str:
-    """The template, or the text alone where there is none.
-
-    Raises:
-        UserError: it has no place for the text.
-    """
-    if template is None:
-        return TEXT
-    if TEXT not in template:
-        raise UserError(f"finetune.template has no {TEXT}: write where the text goes")
-    return template
 
 
 def check_room(config: Any, prompt: int, max_length: int, max_new_tokens: int) -> None:
