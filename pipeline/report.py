@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,10 @@ def _setup(config: Config, metrics: dict[str, Any]) -> str:
     corpus = ", ".join("the task's own text" if each == "task" else each for each in config.prepare.corpus)
     lines = [f"- model: {config.model}"]
     if config.prepare.task != "none":
-        lines.append(f"- task: {config.prepare.task}, {config.prepare.train}")
+        shots = f", {config.prepare.shots} examples of each label" if config.prepare.shots else ""
+        lines.append(f"- task: {config.prepare.task}, {config.prepare.train}{shots}")
+        if config.finetune.template is not None:
+            lines.append(f"- template: `{json.dumps(config.finetune.template, ensure_ascii=False)}`")
     if config.pretrain.enabled:
         lines.append(f"- pretraining: {_training(config.pretrain)}, on {corpus}")
     if config.prepare.task != "none":

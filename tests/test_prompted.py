@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -332,6 +333,7 @@ def test_a_whole_run_and_its_replay(
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"test/accuracy", "zero_shot/accuracy", "linear_probe/accuracy", "adamw/accuracy"} <= set(metrics)
     assert ("in_context/accuracy" in metrics) == (family != "bert")
+    assert f'- template: `"{template}"`' in (folder / "report.md").read_text()
     said = json.loads((folder / "models" / "finetuned" / "prompted.json").read_text())
     assert said["words"] == [" bad", " good"]
     assert "identical" in pipeline("replay", "mine", home=tmp_path).stdout
@@ -362,14 +364,32 @@ def test_words_without_a_template_are_refused(bert: Path, table: Path, tmp_path:
     assert "finetune.verbalizers: the model does not know ' down'; give another word" in done.stderr
 
 
+@pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_in_context_is_the_plain_model_after_solved_texts(
-    family: str, made: Made, folder_of: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    opened: bool,
+    made: Made,
+    folder_of: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without keys that are kept: demonstrations and text as one row, one at a time."""
+    """Without keys that are kept: demonstrations and text as one row, one at a time.
+
+    Where a tokenizer opens each text with a token, that token stands once.
+    """
     model, test = made(family)
-    tokenizer = load_tokenizer(str(folder_of[family]))
+    tokenizer: Any = load_tokenizer(str(folder_of[family]))
     model.save(tmp_path, tokenizer)
+    plain = test
+    if opened:
+        opening = TemplateProcessing(single="[SEP] $A", special_tokens=[("[SEP]", 3)])
+        tokenizer.backend_tokenizer.post_processor = opening
+        inputs = {
+            name: torch.cat((torch.full((8, 1), 3 if name == "input_ids" else 1), tensor), 1)
+            for name, tensor in test.inputs.items()
+        }
+        test = Batch(inputs, test.targets)
     train = [_drawn_batch(test, [2, 5]), _drawn_batch(test, [7, 1])]
     start = Start(model, tokenizer, lambda step: train[step], [test], [test], [test])
     monkeypatch.setattr(in_context_module, "DEMONSTRATIONS", 3)
@@ -377,22 +397,22 @@ def test_in_context_is_the_plain_model_after_solved_texts(
     figures = in_context(start)
     assert figures is not None
     assert figures["demonstrations"] == 3
-    shown: list[int] = []
+    shown = [3] if opened else []
     for row in (2, 5, 7):
-        mask = test.inputs["attention_mask"][row].bool()
-        shown += [*test.inputs["input_ids"][row][mask].tolist()]
+        mask = plain.inputs["attention_mask"][row].bool()
+        shown += plain.inputs["input_ids"][row][mask].tolist()
         shown += [model.prompting.tokens[int(test.targets[row])]]
     before = torch.tensor(shown).expand(8, -1)
     whole = {
-        "input_ids": torch.cat((before, test.inputs["input_ids"]), 1),
-        "attention_mask": torch.cat((torch.ones_like(before), test.inputs["attention_mask"]), 1),
+        "input_ids": torch.cat((before, plain.inputs["input_ids"]), 1),
+        "attention_mask": torch.cat((torch.ones_like(before), plain.inputs["attention_mask"]), 1),
     }
     logits = plainly(tmp_path, Batch(whole, test.targets), model.prompting)
     assert figures["loss"] == pytest.approx(float(cross_entropy(logits, test.targets)), rel=1e-4)
     assert figures["accuracy"] == float((logits.argmax(-1) == test.targets).double().mean())
     # as many as fit: 64 positions
     monkeypatch.setattr(in_context_module, "DEMONSTRATIONS", 4)
-    longest = whole["input_ids"].shape[1] - len(shown)
+    longest = test.inputs["input_ids"].shape[1]
     model.model.config.max_position_embeddings = len(shown) + longest
     fitting = in_context(start)
     assert fitting is not None
