@@ -88,7 +88,6 @@ def batch_for(model: Seq2Seq) -> Batch:
         template="{text}",
         max_length=16,
         max_new_tokens=6,
-        lead="",
     )
     return data.batch(range(6), 3)
 
