@@ -1,13 +1,13 @@
 """Makes the texts that some examples learn from, out of packages; none of it is part of the project.
 
     python examples/texts.py verses OUT     English and Spanish verses, for translation
-    python examples/texts.py cloze OUT      a name that is missing in a verse, to be found in another translation
+    python examples/texts.py cloze OUT      a name left out of a verse, to be found in another translation
     python examples/texts.py papers OUT     abstracts of papers and a sentence on what they did, for summaries
 
-Each writes OUT-train, OUT-validation and OUT-test. ``verses`` and ``cloze`` are split by book, since neighbours
-quote each other; they read Debian's packages sword-text-web, sword-text-kjv and sword-text-sparv (public domain)
-with ``pip install pysword``. ``papers`` fetches aclsum 0.1.2 (MIT; papers after 2016 are CC BY 4.0) and has its
-splits.
+Each writes OUT-train, OUT-validation and OUT-test. ``verses`` and ``cloze`` are split by book, since
+neighbours quote each other; they read Debian's packages sword-text-web, sword-text-kjv and sword-text-sparv
+(public domain) with ``pip install pysword``. ``papers`` fetches aclsum 0.1.2 (MIT; papers after 2016 are
+CC BY 4.0) and has its splits.
 """
 
 from __future__ import annotations

@@ -48,20 +48,20 @@ class TextExaminer:
     """The `Examiner` of what a model writes.
 
     ``figures`` name those of `FIGURES` that are taken where there are references; ``each``, a function of
-    `pipeline.scores`, is what a text's own score is. An ``objective`` on texts is measured too: its mean is
-    ``score``. ``loss`` is the cross-entropy of the references' tokens in nats; without any, the negative
-    score.
+    `pipeline.scores`, is what a text's own score is. ``scored`` gives the objective if it scores texts, whose
+    mean is then ``score``. ``loss`` is the cross-entropy of the references' tokens in nats; without any, the
+    negative score.
     """
 
     def __init__(
         self,
         figures: Sequence[str],
         each: str,
-        objective: TextObjective | None,
+        scored: Callable[[], TextObjective | None],
     ) -> None:
         self._figures = figures
         self._each: Score = getattr(scores, each)
-        self._objective = objective
+        self._scored = scored
 
     def measure(self, model: TaskModel, batches: Sequence[Batch]) -> dict[str, float]:
         """``loss``; ``score`` and its standard deviation over the texts; the task's figures; ``words``."""
@@ -73,9 +73,9 @@ class TextExaminer:
         texts = [text for each in completions for text in each]
         figures: dict[str, float] = {}
         each, losses = [], []
-        if self._objective:
+        if objective := self._scored():
             pairs = zip(asked, completions, strict=True)
-            each = [score for batch, written in pairs for score in self._objective.scores(batch, written)]
+            each = [score for batch, written in pairs for score in objective.scores(batch, written)]
             figures = {"score": float(np.mean(each)), "score_sd": float(np.std(each))}
             losses, figures["loss"] = [-score for score in each], -figures["score"]
         references = [several for batch in asked for several in batch.references or ()]

@@ -52,7 +52,6 @@ def prompts(folder: Path, seed: int = 3, targets: bool = False) -> Batch:
         template="{text}",
         max_length=16,
         max_new_tokens=6,
-        lead=" ",
     )
     return data.batch(range(6), seed)
 
@@ -205,7 +204,6 @@ def test_a_long_text_is_cut_and_its_template_is_not(gpt2: Path) -> None:
             template="the {text} is",
             max_length=max_length,
             max_new_tokens=4,
-            lead="",
         )
 
     asked = data(6).batch([0], 0).asked
@@ -335,6 +333,7 @@ def test_a_run_by_a_reward_of_ones_own(gpt2: Path, texts: Path, tmp_path: Path) 
     lines = (run / "predictions.csv").read_text().splitlines()
     card = json.loads((run / "data" / "prepared" / "card.json").read_text())
     assert len(lines) == 1 + card["task"]["splits"]["test"]["rows"]
+    (tmp_path / "reward.py").unlink()  # a replay calls no objective
     replayed = pipeline("replay", "mine", home=tmp_path)
     assert "identical" in replayed.stdout, replayed.stderr
     load_language_model(str(run / "models" / "finetuned"), "clm", 0)

@@ -25,7 +25,7 @@ KINDS = ("t5", "bart")
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random T5 with a head of its own, and a random BART, whose head is tied."""
+    """A random T5 and a random BART."""
     from transformers import (
         BartConfig,
         BartForConditionalGeneration,
@@ -88,7 +88,6 @@ def batch_for(model: Seq2Seq) -> Batch:
         template="{text}",
         max_length=16,
         max_new_tokens=6,
-        lead="",
     )
     return data.batch(range(6), 3)
 

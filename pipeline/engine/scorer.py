@@ -156,9 +156,7 @@ class Scorer:
             most = min(most, _STACKED // self._space.elements)
         if features is not None:
             return max(1, min(most, _STACKED // features.numel()))
-        if (
-            "decoder_input_ids" in batch.inputs
-        ):  # rows of two lengths: a module's inputs do not show whose they are
+        if "decoder_input_ids" in batch.inputs:  # rows of two lengths do not show whose a module's input is
             return 1
         examples, length = batch.inputs["input_ids"].shape
         tokens = self._prompt + length

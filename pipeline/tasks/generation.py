@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,20 +19,14 @@ from pipeline.space import parse
 from pipeline.tasks.about import About
 from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled
-from pipeline.tasks.seq2seq import Answered, Seq2Seq, start_token
+from pipeline.tasks.seq2seq import Seq2Seq
 from pipeline.tasks.template import TEXT
-from pipeline.tasks.writing import (
-    CONFIG,
-    Continued,
-    Decoder,
-    Phrasing,
-    WritingData,
-    check_room,
-)
+from pipeline.tasks.writing import CONFIG, Decoder, WritingData, check_room
 from pipeline.text_evaluation import TextExaminer
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+    from transformers import PreTrainedTokenizerBase
 
 _HELD_OUT = 9  # what drawing starts from in held-out batches, beside the run's seed
 
@@ -58,28 +53,15 @@ class Writing:
         rows, tokenizer = self._rows(layout), load_tokenizer(location)
         prompt = parse(options.space).options.get("tokens", 0) or stored_tokens(layout.pretrained)
         check_room(load_config(location), prompt, options.max_length, options.max_new_tokens)
-        writes = writes_as(location)
-        if writes is None:
-            raise UserError(
-                f"{config.model} does not write: {config.prepare.task} needs a decoder or an encoder-decoder"
-            )
-        loaded = load_language_model(location, writes, derive(config.seed, 6), config.dtype)
-        kind = Seq2Seq if writes == "seq2seq" else Decoder
-        model = kind(loaded, tokenizer, options.max_new_tokens, options.temperature)
-        model.eval().to(choose_device(config.device))
-        phrasing: Phrasing = Continued(tokenizer.pad_token_id)
-        lead = "" if template[-1].isspace() else " "
-        if writes == "seq2seq":
-            phrasing, lead = Answered(tokenizer.pad_token_id, start_token(loaded)), ""
+        model = _loaded(config, location, tokenizer)
         data = {
             split: WritingData(
                 rows[split],
                 tokenizer,
-                phrasing,
+                model.phrasing,
                 template=template,
                 max_length=options.max_length,
                 max_new_tokens=options.max_new_tokens,
-                lead=lead,
             )
             for split in rows
         }
@@ -115,9 +97,30 @@ class Writing:
         return load_task(layout)
 
     def _examiner(self, config: Config) -> TextExaminer:
-        objective = objectives.parse(config.finetune.objective, self.load)
-        scored = objective if isinstance(objective, TextObjective) else None
+        @cache
+        def scored() -> TextObjective | None:
+            """A replay measures nothing: it must not ask for what an objective reads."""
+            objective = objectives.parse(config.finetune.objective, self.load)
+            return objective if isinstance(objective, TextObjective) else None
+
         return TextExaminer(self.figures, self.each, scored)
+
+
+def _loaded(config: Config, location: str, tokenizer: PreTrainedTokenizerBase) -> Decoder | Seq2Seq:
+    """The model at ``location``, on its device.
+
+    Raises:
+        UserError: it does not write.
+    """
+    writes, options = writes_as(location), config.finetune
+    if writes is None:
+        raise UserError(
+            f"{config.model} does not write: {config.prepare.task} needs a decoder or an encoder-decoder"
+        )
+    loaded = load_language_model(location, writes, derive(config.seed, 6), config.dtype)
+    kind = Seq2Seq if writes == "seq2seq" else Decoder
+    model = kind(loaded, tokenizer, options.max_new_tokens, options.temperature)
+    return model.eval().to(choose_device(config.device))
 
 
 class Generation(Writing):

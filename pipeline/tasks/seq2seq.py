@@ -16,7 +16,7 @@ from pipeline.prompt import CACHE_NAMES
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.batching import pad
 from pipeline.tasks.decoding import decode
-from pipeline.tasks.writing import CONFIG, decoding, texts
+from pipeline.tasks.writing import CONFIG, Phrasing, decoding, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +42,11 @@ class Seq2Seq(TaskModel):
     def encoder(self) -> nn.Module:  # type: ignore[override]
         """Everything below the logits: the same modules, by the same names."""
         return self._body[0]
+
+    @property
+    def phrasing(self) -> Phrasing:
+        """How its rows are made."""
+        return Answered(self._tokenizer.pad_token_id, start_token(self.model))
 
     def features(self, batch: Batch) -> Tensor:
         """The decoder's states at the positions with a target: ``[outputs, hidden]``."""
@@ -165,6 +170,10 @@ class Answered:
     def __init__(self, pad_id: int, start: int) -> None:
         self._pad = pad_id
         self._start = start
+
+    def lead(self, template: str) -> str:
+        """Nothing: an answer is a text of its own."""
+        return ""
 
     def learned(self, prompts: list[list[int]], targets: list[list[int]]) -> Batch:
         read = pad([[self._start, *target[:-1]] for target in targets], self._pad)["input_ids"]

@@ -42,6 +42,11 @@ class Decoder(LanguageModel):
         self._tokenizer = tokenizer
         self.decoding = decoding(model, tokenizer, max_new_tokens, temperature)
 
+    @property
+    def phrasing(self) -> Phrasing:
+        """How its rows are made."""
+        return Continued(self._tokenizer.pad_token_id)
+
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A ``save_pretrained`` directory, and how it writes."""
         super().save(folder, tokenizer)
@@ -115,6 +120,10 @@ def decoding(
 class Phrasing(Protocol):
     """How a row becomes what a model reads and should write."""
 
+    def lead(self, template: str) -> str:
+        """What stands before a target."""
+        ...
+
     def learned(self, prompts: list[list[int]], targets: list[list[int]]) -> Batch:
         """The batch on which the targets' tokens are predicted."""
         ...
@@ -129,6 +138,10 @@ class Continued:
 
     def __init__(self, pad_id: int) -> None:
         self._pad = pad_id
+
+    def lead(self, template: str) -> str:
+        """A space, where the template does not end in one."""
+        return "" if template[-1].isspace() else " "
 
     def learned(self, prompts: list[list[int]], targets: list[list[int]]) -> Batch:
         inputs = pad([prompt + target for prompt, target in zip(prompts, targets, strict=True)], self._pad)
@@ -163,13 +176,13 @@ class WritingData:
         template: str,
         max_length: int,
         max_new_tokens: int,
-        lead: str,
     ) -> None:
         self._phrasing = phrasing
         self._prompts = prompts = [_filled(template, text, tokenizer, max_length) for text in rows["text"]]
         self._tokens: list[list[int]] = tokenizer(prompts)["input_ids"] if prompts else []
         self._references = _references(rows)
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        lead = phrasing.lead(template)
         written = [] if self._references is None else [lead + several[0] for several in self._references]
         tokens = tokenizer(written, add_special_tokens=False)["input_ids"] if written else []
         self._targets = [(row + end)[:max_new_tokens] for row in tokens]
