@@ -6,8 +6,9 @@ imports mlflow while the first imports torch, and writes down what it is told ov
 line. Training neither waits for it nor fails with it, and when training is killed the scribe still closes the
 run.
 
-``tracker`` is what stages use, ``process`` its end of the pipe, ``scribe`` the other process, ``store`` what
-both agree on.
+``tracker`` is what stages use, ``process`` its end of the pipe, ``scribe`` the other process, in which
+``sender`` sends, ``spool`` keeps what is not sent and ``book`` writes it into MLflow; ``store`` is what all
+agree on.
 """
 
 from pipeline.tracking.tracker import Tracker, track
