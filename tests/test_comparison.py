@@ -101,7 +101,7 @@ def test_what_diverges_is_said_and_breaks_nothing() -> None:
         "tuned": {},
         "timings": {"equal_time_seconds": 1.0, "rows": {"wild": timed}},
     }
-    assert markdown(found).count("diverged") == 5
+    assert markdown(found).count("diverged") == 4
     assert page(found).count("<svg") == 4
     json.dumps(plain(found), allow_nan=False)
 
