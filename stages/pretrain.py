@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from pipeline import start
 from pipeline.evaluation import measure
 from pipeline.models import merge_lora, pass_through, save_lora
 from pipeline.stage import Context, fresh_folder, script, write_metrics
+from pipeline.tasks.base import Start
+from pipeline.tasks.language_modelling import target_size
 from pipeline.trainer import train
 from pipeline.trajectory import FILE
+
+MOST_NATS = 700.0  # whose exponential is still a number
 
 
 def pretrain(context: Context) -> dict[str, float]:
@@ -55,12 +60,24 @@ def _pretrain(context: Context, folder: Path) -> dict[str, float]:
         save_lora(begin.model.encoder, folder / "adapter", config.model, training.space.options["rank"])
         merge_lora(begin.model.encoder)
     begin.model.save(folder, begin.tokenizer)
+    last = result.curve[-1][1]
     return {
         "pretrain/loss_before": result.curve[0][1]["loss"],
-        "pretrain/loss_after": result.curve[-1][1]["loss"],
+        "pretrain/loss_after": last["loss"],
+        "pretrain/perplexity": math.exp(min(last["loss"], MOST_NATS)),
+        "pretrain/accuracy": last["accuracy"],
+        **_bits_per_byte(begin, start.task_name(config, "pretrain"), last["loss"]),
         "pretrain/forward_passes": result.forward_passes,
         "pretrain/seconds": result.seconds,
     }
+
+
+def _bits_per_byte(begin: Start, task: str, loss: float) -> dict[str, float]:
+    """What does not hang on the tokenizer, for models that predict every token."""
+    tokens, size = target_size(begin.validation, begin.tokenizer)
+    if task != "clm" or not size:
+        return {}
+    return {"pretrain/bits_per_byte": loss * tokens / size / math.log(2)}
 
 
 if __name__ == "__main__":

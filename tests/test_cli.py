@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from filelock import FileLock
 
 from pipeline import config
 from pipeline.cli import app, main
+from pipeline.data.prepare import load_corpus
 from pipeline.errors import UserError, guarded
+from pipeline.layout import Layout
 from pipeline.stage import ORDER
 from tests.conftest import sentences
 
@@ -197,6 +200,15 @@ def test_a_decoder_learns_causally_and_classifies(gpt2: Path, table: Path, tmp_p
     )
     assert done.returncode == 0, done.stderr
     assert "pretrain: clm" in done.stdout
+    figures = json.loads((tmp_path / "runs" / "mine" / "metrics.json").read_text())
+    loss, validation = figures["pretrain/loss_after"], load_corpus(Layout(tmp_path / "runs" / "mine"))
+    assert figures["pretrain/perplexity"] == pytest.approx(math.exp(loss))
+    assert 0.0 <= figures["pretrain/accuracy"] <= 1.0
+    # its tokenizer has whole words, each text's first is given, and each ends: a byte a letter and a space
+    words = [text.split()[1:] for text in validation["validation"]["text"]]
+    bits = loss * sum(len(each) for each in words) / math.log(2)
+    bytes_ = sum(len(word) + 1 for each in words for word in each)
+    assert figures["pretrain/bits_per_byte"] == pytest.approx(bits / bytes_, rel=0.1)
 
 
 def test_stages_can_be_run_one_by_one(bert: Path, table: Path, tmp_path: Path) -> None:

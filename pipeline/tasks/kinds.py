@@ -246,7 +246,7 @@ class MaskedLM(_LanguageModelling):
         data="unlabelled texts",
         models="encoders",
         objectives=("cross_entropy",),
-        metrics=("loss", "accuracy"),
+        metrics=("loss", "perplexity", "accuracy"),
         example="pipeline run --task none -S prepare.corpus=[my.txt] -S pretrain.task=mlm",
     )
 
@@ -259,7 +259,7 @@ class CausalLM(_LanguageModelling):
         data="unlabelled texts",
         models="decoders",
         objectives=("cross_entropy",),
-        metrics=("loss", "accuracy"),
+        metrics=("loss", "perplexity", "accuracy", "bits per byte"),
         example="pipeline run --task none --model DIR -S prepare.corpus=[my.txt] -S pretrain.task=clm",
     )
 

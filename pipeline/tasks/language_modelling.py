@@ -135,3 +135,9 @@ def validation_batches(data: CorpusData, limit: int, batch_size: int, seed: int)
     """The first ``limit`` rows with masks that never change, so that losses can be compared."""
     rows = range(min(limit, len(data)))
     return [data.batch(rows[i : i + batch_size], derive(seed, 3, i)) for i in range(0, len(rows), batch_size)]
+
+
+def target_size(batches: Sequence[Batch], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """How many targets there are, and for how many bytes of UTF-8; the tokenizer's marks stand for none."""
+    texts = [str(tokenizer.decode(batch.targets.tolist(), skip_special_tokens=True)) for batch in batches]
+    return sum(len(batch.targets) for batch in batches), sum(len(text.encode()) for text in texts)
