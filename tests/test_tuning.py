@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.replay import replay
 from pipeline.trajectory import FILE
+from pipeline.tuning.features import compute_part
 from pipeline.tuning.report import importance, table
 from pipeline.tuning.run import digest
 from pipeline.tuning.search import Parameter, assignments, first_guess, parse, searched, values_of
@@ -242,6 +244,32 @@ def test_features_are_left_for_other_processes(base: Layout, config: Config, tmp
     assert shared.once("key", lambda: 3) == 3
 
 
+def test_parts_of_the_features_are_the_whole(base: Layout, config: Config, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    whole = with_(config, finetune__forward_passes=10_000)
+    for folder, parts in (("one", 1), ("three", 3)):
+        for part in range(parts):  # each entry stands for a process
+            with shared.sharing(tmp_path / folder):
+                compute_part(whole, base, part, parts)
+    found = {
+        folder: {
+            (file.name.partition(".")[0], key): tensor
+            for file in (tmp_path / folder).iterdir()
+            for key, tensor in load_file(file).items()
+        }
+        for folder in ("one", "three")
+    }
+    assert len(found["one"]) > 20
+    assert found["one"].keys() == found["three"].keys()
+    assert all(torch.equal(tensor, found["three"][key]) for key, tensor in found["one"].items())
+    with shared.sharing(tmp_path / "few"):
+        compute_part(with_(config, finetune__forward_passes=10), base, 0, 1)
+        compute_part(with_(whole, finetune__space="biases"), base, 0, 1)
+    assert not (tmp_path / "few").exists()
+
+
 def test_trials_that_fail_count_and_a_study_of_nothing_else_says_why(base: Layout, config: Config) -> None:
     from pipeline.stage import Context
     from pipeline.tracking import Tracker
@@ -344,12 +372,13 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_study_lives_in_postgresql(base: Layout, config: Config, database: str) -> None:
     chosen = with_(config, tune__storage=database, tune__workers=2, tune__trials=4)
     folder = base.tuning / "one"
-    open_study(chosen, base, folder).guess_first({"epsilon": 0.01, "learning_rate": 0.002})
+    with closing(open_study(chosen, base, folder)) as study:
+        study.guess_first({"epsilon": 0.01, "learning_rate": 0.002})
     work_in_processes(chosen, base, folder, None, lambda: None)
-    study = open_study(chosen, base, folder)
-    assert [each.number for each in study.ended] == [0, 1, 2, 3]
-    assert all(each.value is not None for each in study.ended)
-    assert study.trials[0].params == {"epsilon": 0.01, "learning_rate": 0.002}
+    with closing(open_study(chosen, base, folder)) as study:
+        assert [each.number for each in study.ended] == [0, 1, 2, 3]
+        assert all(each.value is not None for each in study.ended)
+        assert study.trials[0].params == {"epsilon": 0.01, "learning_rate": 0.002}
     assert not (folder / "journal.log").exists()
     with pytest.raises(UserError, match="cannot be opened"):
         open_study(with_(chosen, tune__storage=database + "nowhere"), base, folder)

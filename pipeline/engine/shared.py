@@ -76,8 +76,18 @@ def store(model: TaskModel, order: str) -> Features | None:
     return _shared.stores[name]
 
 
-def save() -> None:
-    """Leaves the features that were computed here for other processes that share the folder."""
+def reread() -> None:
+    """Has the features read anew that other processes have left since."""
+    if _shared is not None:
+        _shared.stores.clear()
+        _shared.saved.clear()
+
+
+def save(part: int = 0) -> None:
+    """Leaves the features that were computed here for other processes that share the folder.
+
+    Processes that save at one time name different parts.
+    """
     from safetensors.torch import save_file
 
     if _shared is None or _shared.folder is None:
@@ -86,9 +96,9 @@ def save() -> None:
         if len(features) == _shared.saved[name]:
             continue
         _shared.folder.mkdir(parents=True, exist_ok=True)
-        part = _shared.folder / f".{name}-{threading.get_native_id()}"
-        save_file({key: tensor.cpu().contiguous() for key, tensor in features.items()}, part)
-        part.replace(_shared.folder / f"{name}.safetensors")
+        building = _shared.folder / f".{name}-{threading.get_native_id()}"
+        save_file({key: tensor.cpu().contiguous() for key, tensor in features.items()}, building)
+        building.replace(_shared.folder / f"{name}.{part}.safetensors")
         _shared.saved[name] = len(features)
 
 
@@ -96,8 +106,10 @@ def _read(name: str) -> Features:
     from safetensors.torch import load_file
 
     assert _shared
-    path = _shared.folder / f"{name}.safetensors" if _shared.folder else None
-    return load_file(path) if path and path.is_file() else {}
+    found: Features = {}
+    for path in sorted(_shared.folder.glob(f"{name}.*.safetensors")) if _shared.folder else ():
+        found |= load_file(path)
+    return found
 
 
 def content(batch: Batch, rows: Sequence[int]) -> str:

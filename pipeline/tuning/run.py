@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
@@ -37,7 +39,12 @@ def search(context: Context) -> dict[str, Any]:
     """
     config, layout = context.config, context.layout
     folder = layout.tuning / digest(config, layout)
-    study = open_study(config, layout, folder)
+    with contextlib.closing(open_study(config, layout, folder)) as study:
+        return _searched(context, study, folder)
+
+
+def _searched(context: Context, study: Study, folder: Path) -> dict[str, Any]:
+    config, layout = context.config, context.layout
     study.guess_first(first_guess(config, study.parameters))
     context.say(
         f"tune: {config.tune.trials} trials over {', '.join(each.label for each in study.parameters)}, each "

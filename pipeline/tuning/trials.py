@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.synchronize import Event
@@ -13,11 +14,12 @@ from typing import Any
 from pipeline import config as configuration
 from pipeline import runs
 from pipeline.config import Config, TuneConfig
-from pipeline.engine.shared import save, sharing
+from pipeline.engine.shared import reread, save, sharing
 from pipeline.errors import UserError, guarded
 from pipeline.layout import Layout
 from pipeline.processes import context, cores, end_with_parent, threads_of_each
 from pipeline.stage import read_metrics
+from pipeline.tuning.features import compute_part
 from pipeline.tuning.search import assignments, searched, values_of
 from pipeline.tuning.study import Study, Taken
 
@@ -76,7 +78,7 @@ def _one_more(study: Study, config: Config, base: Layout, parent: str | None) ->
 def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | None, on_end: OnEnd) -> None:
     """As `work`, by as many processes as the configuration says, this one among them.
 
-    They share the processor's cores. The first trial has them all: it computes what the others only read.
+    They share the processor's cores, and what every trial reads, of which each computes a part first.
 
     Raises:
         UserError: one of them ended early; what it was at is taken up by the next call.
@@ -85,24 +87,25 @@ def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | 
 
     count = min(config.tune.workers, config.tune.trials)
     each = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // count))
-    go, before = context().Event(), torch.get_num_threads()
-    arguments = (config, base, folder, parent, go)
+    before, go = torch.get_num_threads(), context().Event()
+    ready = [context().Event() for _ in range(1, count)]
     others = [
-        context().Process(target=_beside, args=(number, *arguments), daemon=True)
-        for number in range(1, count)
+        context().Process(target=_beside, args=(number, config, base, folder, parent, mine, go), daemon=True)
+        for number, mine in enumerate(ready, start=1)
     ]
     try:
         with threads_of_each(each):
             for process in others:
                 process.start()
+        torch.set_num_threads(each)
         with contextlib.closing(open_study(config, base, folder)) as study, sharing(folder / FEATURES):
-            torch.set_num_threads(min(count * each, cores()))
-            more = _one_more(study, config, base, parent)
-            torch.set_num_threads(each)
+            compute_part(config, base, 0, count)
+            while not all(e.is_set() or not p.is_alive() for e, p in zip(ready, others, strict=True)):
+                time.sleep(0.05)
             go.set()
-            while more:
+            reread()
+            while _one_more(study, config, base, parent):
                 on_end()
-                more = _one_more(study, config, base, parent)
         while alive := [process for process in others if process.is_alive()]:
             alive[0].join(timeout=1)
             on_end()
@@ -117,16 +120,25 @@ def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | 
             raise UserError(f"a worker of the study ended early: {last}; the same command goes on")
 
 
-def _beside(number: int, config: Config, base: Layout, folder: Path, parent: str | None, go: Event) -> None:
+def _beside(
+    number: int, config: Config, base: Layout, folder: Path, parent: str | None, ready: Event, go: Event
+) -> None:
     """What another process of `work_in_processes` does."""
     end_with_parent()
     log = os.open(_log_of(folder, number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    import pipeline.trainer  # noqa: F401  the imports, while the first trial runs
 
-    go.wait()
-    guarded(lambda: work(config, base, folder, parent, lambda: None))
+    def do() -> None:
+        with contextlib.closing(open_study(config, base, folder)) as study, sharing(folder / FEATURES):
+            compute_part(config, base, number, min(config.tune.workers, config.tune.trials))
+            ready.set()
+            go.wait()
+            reread()
+            while _one_more(study, config, base, parent):
+                pass
+
+    guarded(do)
 
 
 def _log_of(folder: Path, number: int) -> Path:

@@ -1,0 +1,36 @@
+"""Features that every trial reads: computed before the first one, a part by each process of a study."""
+
+from __future__ import annotations
+
+from pipeline import start
+from pipeline.config import Config
+from pipeline.engine import shared
+from pipeline.engine.evaluator import Engine
+from pipeline.errors import UserError
+from pipeline.evaluation import features
+from pipeline.layout import Layout
+
+_PASSES_A_STEP = 64  # at most, of most methods: a smaller budget does not read all of the data
+
+
+def compute_part(config: Config, base: Layout, part: int, parts: int) -> None:
+    """Computes the features of a ``part`` of the batches that a trial begins with, and leaves them to others.
+
+    Nothing where more than the head is searched, or the budget ends before all texts were read.
+    """
+    try:
+        begin = start.begin(config, base, "finetune", None)
+        space = start.space(config.finetune, config, begin.model)
+        training = start.training(config.finetune, config)
+    except UserError:  # each trial says so
+        return
+    # of whole batches none has a row that was read before: what is encoded together is what a trial would
+    steps = sum(len(batch.targets) for batch in begin.train) // config.finetune.batch_size
+    head_only = not begin.examiner and space.only_in(begin.model.head_parameters())
+    if not head_only or training.forward_passes < steps * _PASSES_A_STEP:
+        return
+    engine = Engine(begin.model, space, 0, training.run_seed, training.objective)
+    engine.recall(begin.batch(step) for step in range(part, steps, parts))
+    engine.close()
+    features(begin.model, begin.validation[part::parts])
+    shared.save(part)
