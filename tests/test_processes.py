@@ -1,0 +1,47 @@
+"""Processes that work beside the one that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from pipeline.processes import threads_of_each
+
+PARENT = """
+import time
+from pipeline.processes import context, end_with_parent
+
+def work():
+    end_with_parent()
+    print("at work", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context().Process(target=work).start()
+    time.sleep(600)
+"""
+
+
+def test_a_process_ends_with_the_killed_one_that_started_it(tmp_path: Path) -> None:
+    (script := tmp_path / "parent.py").write_text(PARENT)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == "at work\n"
+        family = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+        left = psutil.wait_procs(family, timeout=20)[1]
+        for each in left:
+            each.send_signal(signal.SIGKILL)
+    assert left == []
+
+
+def test_what_is_said_of_threads_is_taken_back() -> None:
+    before = os.environ.get("OMP_NUM_THREADS")
+    with threads_of_each(3):
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert os.environ.get("OMP_NUM_THREADS") == before
