@@ -20,11 +20,12 @@ test: install
 
 install: $(INSTALLED)
 
-# uv installs in seconds what takes pip minutes; pip stays as the way that always works.
+# uv installs in seconds what takes pip minutes; pip stays as the way that always works. Compiled, as pip leaves it: else
+# every process compiles what it imports where PYTHONDONTWRITEBYTECODE is set, 12 s of it (benchmarks/RESULTS.md).
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv || echo "no uv here: going on with pip"
-	UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --system-certs --quiet --python $(BIN)/python -e '.[install,dev]' \
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --system-certs --quiet --compile-bytecode --python $(BIN)/python -e '.[install,dev]' \
 		|| $(BIN)/python -m pip install --quiet -e '.[install,dev]'
 	touch $(INSTALLED)
 
