@@ -34,6 +34,20 @@ def threads_of_each(count: int) -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
+class Turns:
+    """Numbers from 0 on, each given once, to whichever of some processes asks first."""
+
+    def __init__(self) -> None:
+        self._next = context().Value("q", 0)
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            with self._next.get_lock():
+                turn = self._next.value
+                self._next.value += 1
+            yield turn
+
+
 def end_with_parent() -> None:
     """Ends this process when the one that started it is gone, killed even; what it was at goes on later."""
     parent = multiprocessing.parent_process()

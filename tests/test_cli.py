@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
     for stage in ("pretrained", "finetuned"):
         with started(*command, home=tmp_path) as process:
             trajectory = models / f".{stage}.partial" / "trajectory.jsonl"
-            until = time.monotonic() + 100
+            until = time.monotonic() + 300
             while not trajectory.is_file() or trajectory.read_bytes().count(b"\n") < 3:
                 assert process.poll() is None, "the run ended before it could be killed"
                 assert time.monotonic() < until

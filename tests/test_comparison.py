@@ -183,7 +183,7 @@ def test_a_comparison_repeats_and_goes_on_after_a_kill(
     with subprocess.Popen(
         line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
-        patience = time.monotonic() + 100
+        patience = time.monotonic() + 300
         while not list(folder.glob("adamw/seed-*/models/.finetuned.partial/trajectory.jsonl")):
             assert process.poll() is None
             assert time.monotonic() < patience

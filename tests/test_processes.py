@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.processes import threads_of_each
+from pipeline.processes import Turns, context, threads_of_each
 
 PARENT = """
 import time
@@ -45,3 +46,20 @@ def test_what_is_said_of_threads_is_taken_back() -> None:
     with threads_of_each(3):
         assert os.environ["OMP_NUM_THREADS"] == "3"
     assert os.environ.get("OMP_NUM_THREADS") == before
+
+
+def _take(turns: Turns, path: Path) -> None:
+    path.write_text("\n".join(str(turn) for turn in itertools.islice(turns, 200)))
+
+
+def test_every_turn_is_given_once(tmp_path: Path) -> None:
+    turns = Turns()
+    files = [tmp_path / name for name in ("a", "b")]
+    others = [context().Process(target=_take, args=(turns, file)) for file in files]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join(60)
+    given = [int(line) for file in files for line in file.read_text().split()]
+    assert sorted(given) == list(range(400))
+    assert next(iter(turns)) == 400

@@ -64,7 +64,7 @@ def server(folder: Path, port: int) -> Iterator[None]:
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not _answers(port):
             assert time.monotonic() < until, (folder / "log").read_text()
             time.sleep(0.2)
@@ -93,7 +93,7 @@ def rows(database: Path, query: str) -> list[Any]:
 
 
 def patiently(done: Any) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not done():
         assert time.monotonic() < until, spool.waiting(spool.folder())
         time.sleep(0.2)

@@ -172,7 +172,7 @@ def test_two_processes_on_a_fresh_store_one_of_them_killed(home: Path) -> None:
     assert [process.communicate(timeout=120)[1] for process in both] == ["", ""]
     assert [process.returncode for process in both] == [0, -9]
     wanted = [("die/finetune", "KILLED"), ("live/finetune", "FINISHED")]
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while rows(home, "select name, status from runs order by name") != wanted:
         assert time.monotonic() < until, rows(home, "select name, status from runs order by name")
         time.sleep(0.1)

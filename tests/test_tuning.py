@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.engine import shared
 from pipeline.errors import UserError
 from pipeline.layout import Layout
+from pipeline.processes import Turns
 from pipeline.replay import replay
 from pipeline.trajectory import FILE
 from pipeline.tuning.features import compute_part
@@ -252,7 +253,7 @@ def test_parts_of_the_features_are_the_whole(base: Layout, config: Config, tmp_p
     for folder, parts in (("one", 1), ("three", 3)):
         for part in range(parts):  # each entry stands for a process
             with shared.sharing(tmp_path / folder):
-                compute_part(whole, base, part, parts)
+                compute_part(whole, base, itertools.count(part, parts), part)
     found = {
         folder: {
             (file.name.partition(".")[0], key): tensor
@@ -265,8 +266,8 @@ def test_parts_of_the_features_are_the_whole(base: Layout, config: Config, tmp_p
     assert found["one"].keys() == found["three"].keys()
     assert all(torch.equal(tensor, found["three"][key]) for key, tensor in found["one"].items())
     with shared.sharing(tmp_path / "few"):
-        compute_part(with_(config, finetune__forward_passes=10), base, 0, 1)
-        compute_part(with_(whole, finetune__space="biases"), base, 0, 1)
+        compute_part(with_(config, finetune__forward_passes=10), base, Turns(), 0)
+        compute_part(with_(whole, finetune__space="biases"), base, Turns(), 0)
     assert not (tmp_path / "few").exists()
 
 
@@ -415,7 +416,7 @@ def test_a_killed_study_loses_no_trial_and_runs_none_twice(bert: Path, table: Pa
     with subprocess.Popen(
         line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
-        patience = time.monotonic() + 100
+        patience = time.monotonic() + 300
         while len(list(trials.glob("*/trials/*/models/*/trajectory.jsonl"))) < 2:
             assert process.poll() is None
             assert time.monotonic() < patience

@@ -1,6 +1,8 @@
-"""Features that every trial reads: computed before the first one, a part by each process of a study."""
+"""Features that every trial reads: computed before the first one, by all processes of a study."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from pipeline import start
 from pipeline.config import Config
@@ -13,10 +15,11 @@ from pipeline.layout import Layout
 _PASSES_A_STEP = 64  # at most, of most methods: a smaller budget does not read all of the data
 
 
-def compute_part(config: Config, base: Layout, part: int, parts: int) -> None:
-    """Computes the features of a ``part`` of the batches that a trial begins with, and leaves them to others.
+def compute_part(config: Config, base: Layout, turns: Iterable[int], process: int) -> None:
+    """Computes features of the batches that a trial begins with, and leaves them to the other processes.
 
-    Nothing where more than the head is searched, or the budget ends before all texts were read.
+    Each of ``turns`` is the number of a batch; who asks for one does it. Nothing is computed where more than
+    the head is searched, or the budget ends before all texts were read.
     """
     try:
         begin = start.begin(config, base, "finetune", None)
@@ -30,7 +33,12 @@ def compute_part(config: Config, base: Layout, part: int, parts: int) -> None:
     if not head_only or training.forward_passes < steps * _PASSES_A_STEP:
         return
     engine = Engine(begin.model, space, 0, training.run_seed, training.objective)
-    engine.recall(begin.batch(step) for step in range(part, steps, parts))
+    for turn in turns:
+        if turn < steps:
+            engine.recall([begin.batch(turn)])
+        elif turn < steps + len(begin.validation):
+            features(begin.model, [begin.validation[turn - steps]])
+        else:
+            break
     engine.close()
-    features(begin.model, begin.validation[part::parts])
-    shared.save(part)
+    shared.save(process)

@@ -17,7 +17,7 @@ from pipeline.config import Config, TuneConfig
 from pipeline.engine.shared import reread, save, sharing
 from pipeline.errors import UserError, guarded
 from pipeline.layout import Layout
-from pipeline.processes import context, cores, end_with_parent, threads_of_each
+from pipeline.processes import Turns, context, cores, end_with_parent, threads_of_each
 from pipeline.stage import read_metrics
 from pipeline.tuning.features import compute_part
 from pipeline.tuning.search import assignments, searched, values_of
@@ -78,7 +78,7 @@ def _one_more(study: Study, config: Config, base: Layout, parent: str | None) ->
 def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | None, on_end: OnEnd) -> None:
     """As `work`, by as many processes as the configuration says, this one among them.
 
-    They share the processor's cores, and what every trial reads, of which each computes a part first.
+    They share the processor's cores, and what every trial reads, of which each first computes a part.
 
     Raises:
         UserError: one of them ended early; what it was at is taken up by the next call.
@@ -87,10 +87,12 @@ def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | 
 
     count = min(config.tune.workers, config.tune.trials)
     each = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // count))
-    before, go = torch.get_num_threads(), context().Event()
+    before, go, turns = torch.get_num_threads(), context().Event(), Turns()
     ready = [context().Event() for _ in range(1, count)]
     others = [
-        context().Process(target=_beside, args=(number, config, base, folder, parent, mine, go), daemon=True)
+        context().Process(
+            target=_beside, args=(number, config, base, folder, parent, turns, mine, go), daemon=True
+        )
         for number, mine in enumerate(ready, start=1)
     ]
     try:
@@ -99,7 +101,7 @@ def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | 
                 process.start()
         torch.set_num_threads(each)
         with contextlib.closing(open_study(config, base, folder)) as study, sharing(folder / FEATURES):
-            compute_part(config, base, 0, count)
+            compute_part(config, base, turns, 0)
             while not all(e.is_set() or not p.is_alive() for e, p in zip(ready, others, strict=True)):
                 time.sleep(0.05)
             go.set()
@@ -121,7 +123,14 @@ def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | 
 
 
 def _beside(
-    number: int, config: Config, base: Layout, folder: Path, parent: str | None, ready: Event, go: Event
+    number: int,
+    config: Config,
+    base: Layout,
+    folder: Path,
+    parent: str | None,
+    turns: Turns,
+    ready: Event,
+    go: Event,
 ) -> None:
     """What another process of `work_in_processes` does."""
     end_with_parent()
@@ -131,7 +140,7 @@ def _beside(
 
     def do() -> None:
         with contextlib.closing(open_study(config, base, folder)) as study, sharing(folder / FEATURES):
-            compute_part(config, base, number, min(config.tune.workers, config.tune.trials))
+            compute_part(config, base, turns, number)
             ready.set()
             go.wait()
             reread()
