@@ -132,7 +132,8 @@ class TuneConfig:
     # finetune, optimizer.OPTION or space.OPTION; empty takes the optimizer's epsilon or sigma, and its
     # learning_rate.
     search: list[str] = field(default_factory=list)
-    # The validation figure that ranks trials: loss, of which the least is best, or accuracy.
+    # The validation figure that ranks trials: loss or calibration_error, of which the least is best, or
+    # accuracy, f1, mcc, or another that the task measures, of which the most is.
     by: str = "loss"
     # Where Optuna keeps the study: null is a journal file beside the trials; else a database's URL.
     storage: str | None = None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.engine import shared
-from pipeline.objective import cross_entropy
+from pipeline.predictions import Predictions
 from pipeline.tasks.base import Batch, Start, TaskModel, Tested
 
 
@@ -30,75 +29,50 @@ def features(model: TaskModel, batches: Sequence[Batch]) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def losses_and_hits(
+def predictions(
     model: TaskModel, batches: Sequence[Batch], kept: Sequence[Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Per target, in the batches' order: its loss in nats (float32) and whether it was predicted (bool).
+) -> Predictions:
+    """What ``model`` says of every target, in the batches' order.
 
     ``kept`` are the batches' `features`, where they are known.
     """
     device = next(model.parameters()).device
-    losses, hits = [], []
+    parts = []
     for number, batch in enumerate(batches):
         batch = batch.to(device)
-        logits = (model(batch) if kept is None else model.outputs(kept[number])).float()
-        losses.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none").cpu())
-        hits.append((logits.argmax(-1) == batch.targets).cpu())
-    return torch.cat(losses), torch.cat(hits)
+        logits = model(batch) if kept is None else model.outputs(kept[number])
+        parts.append(Predictions.of(logits, batch.targets))
+    return Predictions.joined(parts)
 
 
-def measure(
-    model: TaskModel, batches: Sequence[Batch], kept: Sequence[Tensor] | None = None
-) -> dict[str, float]:
-    """``loss`` (nats) and ``accuracy`` over all targets; ``kept`` as in `losses_and_hits`."""
-    losses, hits = losses_and_hits(model, batches, kept)
-    return {"loss": float(losses.double().mean()), "accuracy": float(hits.double().mean())}
+def measure(model: TaskModel, batches: Sequence[Batch]) -> dict[str, float]:
+    """``loss`` (nats) and ``accuracy`` over all targets."""
+    return predictions(model, batches).loss_and_accuracy()
 
 
 def measured(start: Start, kept: Sequence[Tensor] | None = None) -> dict[str, float]:
     """What the trainer is told of the validation split, by the task's own examiner if it has one.
 
-    ``kept`` as in `losses_and_hits`.
+    ``kept`` as in `predictions`.
     """
     if start.examiner:
         return start.examiner.measure(start.model, start.validation)
-    return measure(start.model, start.validation, kept)
+    return predictions(start.model, start.validation, kept).figures()
 
 
 def tested(start: Start, model: TaskModel) -> Tested:
     """The held-out test of ``model``, which began as ``start``."""
     if start.examiner:
         return start.examiner.test(model, start.test)
-    losses, hits = losses_and_hits(model, start.test)
-    return Tested(with_interval(losses, hits), losses.tolist(), hits.float().tolist())
-
-
-def measure_with_interval(model: TaskModel, batches: Sequence[Batch]) -> dict[str, float]:
-    """`measure`, with ``accuracy_low`` and ``accuracy_high``."""
-    return with_interval(*losses_and_hits(model, batches))
-
-
-def with_interval(losses: Tensor, hits: Tensor) -> dict[str, float]:
-    """``loss`` (nats) and `accuracy` of what `losses_and_hits` gave."""
-    return {"loss": float(losses.double().mean()), **accuracy(hits.numpy())}
-
-
-def accuracy(hits: np.ndarray) -> dict[str, float]:
-    """Share of ``hits`` (bool ``[examples]``) with its 95% Wilson interval (Wilson 1927)."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
-    return {
-        "accuracy": float(hits.mean()),
-        "accuracy_low": float(interval.low),
-        "accuracy_high": float(interval.high),
-    }
+    made = predictions(model, start.test)
+    assert made.losses is not None
+    return Tested(made.figures_with_intervals(), made.losses.tolist(), made.hits.float().tolist())
 
 
 def majority(train: Sequence[Batch], test: Sequence[Batch]) -> dict[str, float]:
     """Always the most frequent label of the training split."""
-    most = np.bincount(_targets(train)).argmax()
-    return accuracy(_targets(test) == most)
+    most, targets = _targets(train).bincount().argmax(), _targets(test)
+    return Predictions(targets, most.expand_as(targets)).figures_with_intervals()
 
 
 def linear_probe(
@@ -111,13 +85,14 @@ def linear_probe(
         torch.cat([each.float().cpu() for each in features(model, batches)]).numpy()
         for batches in (train, validation, test)
     )
-    y, yv, yt = (_targets(batches) for batches in (train, validation, test))
+    y, yv = (_targets(batches).numpy() for batches in (train, validation))
     fits = [LogisticRegression(C=c, max_iter=2000).fit(x, y) for c in (1e-3, 1e-2, 1e-1, 1.0)]
     best = max(fits, key=lambda fit: float(fit.score(xv, yv)))
-    logits = torch.from_numpy(best.predict_log_proba(xt))
-    loss = cross_entropy(logits, torch.from_numpy(np.searchsorted(best.classes_, yt)))
-    return {"loss": float(loss), **accuracy(best.predict(xt) == yt)}
+    targets = _targets(test)
+    logits = torch.full((len(xt), int(max(y.max(), targets.max())) + 1), -torch.inf)
+    logits[:, best.classes_] = torch.from_numpy(best.predict_log_proba(xt)).float()
+    return Predictions.of(logits, targets).figures_with_intervals()
 
 
-def _targets(batches: Sequence[Batch]) -> np.ndarray:
-    return torch.cat([batch.targets for batch in batches]).numpy()
+def _targets(batches: Sequence[Batch]) -> Tensor:
+    return torch.cat([batch.targets for batch in batches]).cpu()

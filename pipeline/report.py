@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HEAD = ("", "test accuracy", "95% interval", "test loss", "forward passes", "seconds")
 SHOWN = ("loss", "accuracy", "score", "bleu", "rouge_l", "chrf", "exact_match", "token_f1")  # in curves
+FURTHER = {"f1": "macro F1", "mcc": "MCC", "calibration_error": "calibration error"}  # beneath the headline
 RESULT, REFERENCE, AXIS = "#1f5fa8", "#8a8f98", "#4a4e55"
 
 
@@ -51,16 +52,8 @@ class Row:
 
 def rows(metrics: dict[str, Any], result: str = "this run") -> list[Row]:
     """The yardsticks without training, the run itself and AdamW, as far as there are figures."""
-    prefixes = {
-        "majority": "majority",
-        "zero_shot": "zero-shot",
-        "in_context": "in-context",
-        "linear_probe": "linear probe",
-        "test": result,
-        "adamw": "AdamW (gradients)",
-    }
     found = []
-    for prefix, name in prefixes.items():
+    for prefix, name in _names(result).items():
         cost = "" if prefix == "test" else f"{prefix}/"
         keys = ("accuracy", "accuracy_low", "accuracy_high", "loss")
         accuracy, low, high, loss = (metrics.get(f"{prefix}/{key}") for key in keys)
@@ -68,6 +61,18 @@ def rows(metrics: dict[str, Any], result: str = "this run") -> list[Row]:
             passes, seconds = metrics.get(f"{cost}forward_passes"), metrics.get(f"{cost}seconds")
             found.append(Row(name, accuracy, low, high, loss, passes, seconds))
     return found
+
+
+def _names(result: str) -> dict[str, str]:
+    """What the rows' figures begin with, and the names they are shown by."""
+    return {
+        "majority": "majority",
+        "zero_shot": "zero-shot",
+        "in_context": "in-context",
+        "linear_probe": "linear probe",
+        "test": result,
+        "adamw": "AdamW (gradients)",
+    }
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -137,6 +142,7 @@ def write_report(config: Config, layout: Layout, metrics: dict[str, Any], curves
         f"# {_title(layout)}",
         verdict(metrics, config.finetune.optimizer),
         _result(metrics, config),
+        _further(metrics, config),
         _setup(config, metrics),
         *([_pretrained(metrics)] if _pretraining(metrics) else []),
         *([_seen(pictures, layout)] if pictures else []),
@@ -157,10 +163,35 @@ def _result(metrics: dict[str, Any], config: Config) -> str:
     content = _content(metrics, f"**{config.finetune.optimizer}** (this run)")
     if not content:
         return ""
-    head = f"| {' | '.join(content[0])} |\n|{'---|' + '---:|' * (len(content[0]) - 1)}"
-    lines = [f"| {' | '.join(cells)} |" for cells in content[1:]]
     note = "A forward pass is one of the model over one batch; a backward pass counts as two."
-    return "\n".join(["## Result", "", head, *lines, "", note])
+    return "\n".join(["## Result", "", *_lines(content), "", note])
+
+
+def _further(metrics: dict[str, Any], config: Config) -> str:
+    """The figures beneath the headline, each with its 95% interval, as far as there are any."""
+    names = _names(f"**{config.finetune.optimizer}** (this run)")
+    found = [(name, *(_bounded(metrics, f"{row}/{key}") for key in FURTHER)) for row, name in names.items()]
+    found = [cells for cells in found if any(cells[1:])]
+    if not found:
+        return ""
+    note = (
+        "In brackets, 95% intervals. Macro F1 counts every label alike; MCC, Matthews' correlation, is 0 for "
+        "a guess and 1 where all is right; the calibration error is how far confidence is from accuracy."
+    )
+    return "\n".join(["## Further figures", "", *_lines([("", *FURTHER.values()), *found]), "", note])
+
+
+def _bounded(metrics: dict[str, Any], key: str) -> str:
+    value, low, high = (metrics.get(each) for each in (key, f"{key}_low", f"{key}_high"))
+    if value is None:
+        return ""
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _lines(content: list[tuple[str, ...]]) -> list[str]:
+    """A head and rows as Markdown."""
+    head, *rows = (f"| {' | '.join(cells)} |" for cells in content)
+    return [head, f"|{'---|' + '---:|' * (len(content[0]) - 1)}", *rows]
 
 
 def _setup(config: Config, metrics: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pipeline import scores
-from pipeline.evaluation import losses_and_hits
+from pipeline.evaluation import predictions
 from pipeline.objective import TextObjective
 from pipeline.tasks.base import Asked, Batch, TaskModel, Tested
 
@@ -97,7 +97,8 @@ def _written(model: TaskModel, batches: Sequence[Batch]) -> tuple[list[Asked], l
 
 def _cross_entropies(model: TaskModel, batches: Sequence[Batch]) -> list[float]:
     """The mean over each example's targets."""
-    losses, _ = losses_and_hits(model, batches)
+    losses = predictions(model, batches).losses
+    assert losses is not None
     return [float(part.double().mean()) for part in torch.split(losses, _lengths(batches))]
 
 

@@ -106,6 +106,16 @@ def test_the_report_says_what_was_run_and_how_to_replay_it(layout: Layout) -> No
         assert any(blue > red + 60 for _, (red, _, blue) in colours)  # type: ignore[misc]
 
 
+def test_further_figures_stand_beneath_the_headline(layout: Layout) -> None:
+    figures = {"test/f1": 0.7812, "test/f1_low": 0.75, "test/f1_high": 0.805, "majority/mcc": 0.0}
+    write_report(Config(), layout, {**METRICS, **figures}, {})
+    text = layout.report.read_text()
+    assert "| majority |  | 0.000 |  |\n| **spsa** (this run) | 0.781 [0.750, 0.805] |  |  |" in text
+    assert table({**METRICS, **figures}) == table(METRICS)
+    write_report(Config(), layout, METRICS, {})
+    assert "Further figures" not in layout.report.read_text()
+
+
 def test_a_run_that_only_pretrains_reports_only_that(layout: Layout) -> None:
     config = Config()
     config = dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, task="none"))

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -180,6 +180,19 @@ def test_more_trials_add_to_a_study_and_accuracy_is_maximised(base: Layout, conf
     assert study.best.value == max(each.value or 0.0 for each in study.ended)
 
 
+@pytest.mark.parametrize(("by", "better"), [("mcc", max), ("calibration_error", min)])
+def test_another_figure_of_the_task_ranks_trials(
+    by: str, better: Callable[[list[float]], float], base: Layout, config: Config
+) -> None:
+    chosen = with_(config, tune__by=by)
+    work(chosen, base, base.tuning / "one", None, lambda: None)
+    study = open_study(chosen, base, base.tuning / "one")
+    values = [each.value for each in study.ended if each.value is not None]
+    assert len({*values}) > 1
+    assert study.best
+    assert study.best.value == better(values)
+
+
 def test_a_trial_has_the_weights_that_its_parameters_give_by_themselves(
     base: Layout, config: Config, tmp_path: Path
 ) -> None:
@@ -283,8 +296,8 @@ def test_trials_that_fail_count_and_a_study_of_nothing_else_says_why(base: Layou
 
 
 def test_a_figure_that_is_not_measured_costs_one_trial(base: Layout, config: Config) -> None:
-    wrong = with_(config, tune__by="f1")
-    with pytest.raises(UserError, match=r"tune\.by is 'f1'; the task measures loss, accuracy"):
+    wrong = with_(config, tune__by="bleu")
+    with pytest.raises(UserError, match=r"tune\.by is 'bleu'; the task measures loss, accuracy, f1, mcc, "):
         work(wrong, base, base.tuning / "one", None, lambda: None)
     assert len(open_study(wrong, base, base.tuning / "one").trials) == 1
 

@@ -23,7 +23,7 @@ def tune(
             help="What to search; may be repeated. Else the optimizer's epsilon or sigma, and learning_rate.",
         ),
     ] = None,
-    by: Annotated[str, typer.Option(help="The validation figure that ranks trials.")] = "loss",
+    by: Annotated[str, typer.Option(help="The validation figure that ranks trials: loss, f1, …")] = "loss",
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Optuna's database; else a journal file.")
     ] = None,

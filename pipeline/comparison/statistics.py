@@ -9,9 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 2000
-SHARE = 0.95
-_SEED = 20260101  # the same resamples whenever a table is made
+from pipeline.resampling import interval, resampled
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -33,7 +31,5 @@ def paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> tuple[floa
     if not np.isfinite(difference).all():
         return math.nan, math.nan, math.nan
     count = len(difference)
-    draws = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    means = draws @ difference / count
-    low, high = np.quantile(means, [(1 - SHARE) / 2, (1 + SHARE) / 2])
+    low, high = interval(resampled(count, lambda draws: draws @ difference / count))
     return float(difference.mean()), float(low), float(high)

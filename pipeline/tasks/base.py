@@ -155,8 +155,8 @@ class Start:
     """Where a stage's training starts: a model on its device in eval mode, and batches.
 
     ``batch`` gives the batches to train on; ``train``, ``validation`` and ``test`` every example once, the
-    first and last empty where nothing is measured on them. ``examiner`` measures; without one, loss and
-    accuracy over the targets are.
+    first and last empty where nothing is measured on them. ``examiner`` measures; without one, the figures of
+    `pipeline.predictions` are taken over the targets.
     """
 
     model: TaskModel

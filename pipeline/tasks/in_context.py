@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from pipeline.evaluation import with_interval
+from pipeline.predictions import Predictions
 from pipeline.prompt import tokens_in
 from pipeline.tasks.base import Batch, Start
 from pipeline.tasks.prompted import PromptedClassifier
@@ -46,13 +46,12 @@ def in_context(start: Start) -> dict[str, float] | None:
     device = next(model.parameters()).device
     kept = {name: DynamicCache(config=model.model.config)}
     model.encoder(input_ids=torch.tensor([ids], device=device), use_cache=True, **kept)
-    losses, hits = [], []
+    parts = []
     for batch in _pieces(start.test, max(1, _TOKENS // len(ids))):
         batch = batch.to(device)
-        logits = model.outputs(_features(model, batch, kept, len(ids), opening)).float()
-        losses.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none").cpu())
-        hits.append((logits.argmax(-1) == batch.targets).cpu())
-    return {**with_interval(torch.cat(losses), torch.cat(hits)), "demonstrations": float(count)}
+        logits = model.outputs(_features(model, batch, kept, len(ids), opening))
+        parts.append(Predictions.of(logits, batch.targets))
+    return {**Predictions.joined(parts).figures_with_intervals(), "demonstrations": float(count)}
 
 
 def _cache_name(encoder: nn.Module) -> str | None:

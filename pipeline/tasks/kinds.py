@@ -10,7 +10,7 @@ from pipeline.config import Config, TrainConfig
 from pipeline.data.prepare import load_corpus, load_task
 from pipeline.engine import shared
 from pipeline.errors import UserError
-from pipeline.evaluation import linear_probe, majority, measure_with_interval
+from pipeline.evaluation import linear_probe, majority, predictions
 from pipeline.layout import Layout
 from pipeline.models import (
     choose_device,
@@ -56,7 +56,7 @@ class Classification:
         data="texts and their labels",
         models="encoders, decoders",
         objectives=("cross_entropy", "error", "f1", "margin", "squared_error", "cosine", "kl"),
-        metrics=("accuracy", "loss"),
+        metrics=("accuracy", "loss", "f1 (macro)", "mcc", "calibration error"),
         example="pipeline run --train my.csv --text review --label verdict",
     )
 
@@ -103,7 +103,7 @@ class Classification:
         shown = in_context(start)
         return {
             "majority": majority(start.train, start.test),
-            "zero_shot": measure_with_interval(start.model, start.test),
+            "zero_shot": predictions(start.model, start.test).figures_with_intervals(),
             **({"in_context": shown} if shown else {}),
             "linear_probe": linear_probe(start.model, start.train, start.validation, start.test),
         }

@@ -17,6 +17,7 @@ from pipeline.config import Config, TuneConfig
 from pipeline.engine.shared import reread, save, sharing
 from pipeline.errors import UserError, guarded
 from pipeline.layout import Layout
+from pipeline.predictions import MINIMISED
 from pipeline.processes import Turns, context, cores, end_with_parent, threads_of_each
 from pipeline.stage import read_metrics
 from pipeline.tuning.features import compute_part
@@ -38,7 +39,7 @@ def open_study(config: Config, base: Layout, folder: Path) -> Study:
         folder,
         searched(config),
         name=f"{base.root.name}-{folder.name}",
-        direction="minimize" if options.by == "loss" else "maximize",
+        direction="minimize" if options.by in MINIMISED else "maximize",
         seed=config.seed,
         storage=options.storage,
         workers=options.workers,
