@@ -82,7 +82,7 @@ def linear_probe(
     from sklearn.linear_model import LogisticRegression
 
     x, xv, xt = (
-        torch.cat([each.float().cpu() for each in features(model, batches)]).numpy()
+        torch.cat([each.float().cpu().flatten(1) for each in features(model, batches)]).numpy()
         for batches in (train, validation, test)
     )
     y, yv = (_targets(batches).numpy() for batches in (train, validation))

@@ -111,6 +111,12 @@ def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture
+def folder_of(bert: Path, gpt2: Path, decoders: dict[str, Path]) -> dict[str, Path]:
+    """Each of them by its family's name."""
+    return {"bert": bert, "gpt2": gpt2, **decoders}
+
+
 def sentences(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
     """Different sentences of the tiny vocabulary, and a label that their adjective decides."""
     import random

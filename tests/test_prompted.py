@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from pipeline.tasks import in_context as in_context_module
 from pipeline.tasks.base import Batch, Start
 from pipeline.tasks.classification import ClassificationData
 from pipeline.tasks.in_context import in_context
-from pipeline.tasks.prompted import PromptedClassifier, Prompting
+from pipeline.tasks.phrased import completing, load
+from pipeline.tasks.prompted import CompletingClassifier, PromptedClassifier, Prompting
 from pipeline.tasks.template import Template
 from pipeline.trainer import Training, train
 from pipeline.trajectory import Trajectory
@@ -44,36 +45,42 @@ FAMILIES = [*TIED, "llama", "nemotron"]
 LABELS, WORDS = ["down", "up"], [" bad", " good"]
 
 
-@pytest.fixture
-def folder_of(bert: Path, gpt2: Path, decoders: dict[str, Path]) -> dict[str, Path]:
-    return {"bert": bert, "gpt2": gpt2, **decoders}
-
-
-@pytest.fixture
-def made(folder_of: dict[str, Path]) -> Callable[[str], tuple[PromptedClassifier, Batch]]:
-    """A prompted model of a family, and a batch of texts of unequal length.
+def completing_model(
+    folder: Path, words: Sequence[str], dtype: str = "float32"
+) -> tuple[CompletingClassifier, Batch]:
+    """A model that completes a template, and a batch of texts of unequal length.
 
     Its weights are larger than the fixtures', so that what a text says is felt at the answer.
     """
+    tokenizer = load_tokenizer(str(folder))
+    kind = "mlm" if tokenizer.mask_token else "clm"
+    text = "the film : {text} it was" + (" {mask} ." if kind == "mlm" else "")
+    template = Template(text, tokenizer, masked=kind == "mlm")
+    labels = [*LABELS, "other"][: len(words)]
+    loaded = load_language_model(str(folder), kind, 0, dtype)
+    with torch.no_grad():
+        for parameter in loaded.base_model.parameters():
+            parameter.mul_(8.0 if parameter.dim() > 1 else 1.0)
+        for name, parameter in loaded.named_parameters():
+            if name.endswith("bias"):  # zero in a fresh model: it would not show whether it is read
+                parameter.copy_(torch.linspace(-0.5, 0.5, parameter.numel()))
+    prompting = Prompting.spelling(kind, template, labels, words)
+    model = completing(loaded, prompting, tokenizer.mask_token_id).eval()
+    texts, said = sentences(8)
+    data = ClassificationData(
+        template.tokens(texts, 32, model.spare), [LABELS.index(each) for each in said], tokenizer.pad_token_id
+    )
+    return model, data.batch(range(8))
+
+
+@pytest.fixture
+def made(folder_of: dict[str, Path]) -> Callable[..., tuple[PromptedClassifier, Batch]]:
+    """`completing_model` of a family, by words of one token."""
 
     def make(family: str, dtype: str = "float32") -> tuple[PromptedClassifier, Batch]:
-        kind = "mlm" if family == "bert" else "clm"
-        tokenizer = load_tokenizer(str(folder_of[family]))
-        text = "the film : {text} it was" + (" {mask} ." if kind == "mlm" else "")
-        template = Template(text, tokenizer, masked=kind == "mlm")
-        prompting = Prompting(kind, text, LABELS, WORDS, template.words(WORDS), template.answer)
-        loaded = load_language_model(str(folder_of[family]), kind, 0, dtype)
-        with torch.no_grad():
-            for parameter in loaded.base_model.parameters():
-                parameter.mul_(8.0 if parameter.dim() > 1 else 1.0)
-            for name, parameter in loaded.named_parameters():
-                if name.endswith("bias"):  # zero in a fresh model: it would not show whether it is read
-                    parameter.copy_(torch.linspace(-0.5, 0.5, parameter.numel()))
-        texts, labels = sentences(8)
-        data = ClassificationData(
-            template.tokens(texts, 32), [LABELS.index(label) for label in labels], tokenizer.pad_token_id
-        )
-        return PromptedClassifier(loaded, prompting).eval(), data.batch(range(8))
+        model, batch = completing_model(folder_of[family], WORDS, dtype)
+        assert isinstance(model, PromptedClassifier)
+        return model, batch
 
     return make
 
@@ -110,7 +117,7 @@ def test_it_answers_as_the_language_model_does(
     assert logits.shape == (8, 2)
     torch.testing.assert_close(logits, plainly(tmp_path, batch, model.prompting), rtol=1e-4, atol=1e-4)
     assert float(logits.std(0).min()) > 1e-3
-    loaded = PromptedClassifier.load(tmp_path)
+    loaded = load(tmp_path)
     assert loaded.prompting == model.prompting
     with torch.inference_mode():
         assert torch.equal(loaded(batch), logits)
@@ -286,16 +293,15 @@ def test_a_template_that_does_not_fit_is_one_line(text: str, masked: bool, error
         Template(text, load_tokenizer(str(bert)), masked=masked)
 
 
-def test_a_word_is_one_token_that_the_model_knows(gpt2: Path, bert: Path) -> None:
+def test_a_word_is_tokens_that_the_model_knows(gpt2: Path, bert: Path) -> None:
     for folder, template in ((gpt2, "{text} it was"), (bert, "{text} it was {mask}")):
         tokenizer = load_tokenizer(str(folder))
-        given = Template(template, tokenizer, masked=folder == bert)
-        assert given.words([" good", " bad"]) == tokenizer.convert_tokens_to_ids(["good", "bad"])
-        with pytest.raises(UserError, match=r"' not bad' is 2 tokens to the model \('not', 'bad'\)"):
-            given.words([" not bad", " good"])
-        with pytest.raises(UserError, match="does not know ' superb'"):
-            given.words([" superb", " good"])
-        with pytest.raises(UserError, match="' good' and ' Good' are one and the same token"):
+        given, ids = Template(template, tokenizer, masked=folder == bert), tokenizer.get_vocab()
+        assert given.words([" good", " bad"]) == [[ids["good"]], [ids["bad"]]]
+        assert given.words([" not bad", " good"]) == [[ids["not"], ids["bad"]], [ids["good"]]]
+        with pytest.raises(UserError, match="does not know ' not superb'"):
+            given.words([" not superb", " good"])
+        with pytest.raises(UserError, match="' good' and ' Good' are one and the same to the model"):
             given.words([" good", " Good"])
 
 
@@ -309,7 +315,7 @@ def test_a_word_that_joins_the_template_is_refused(tmp_path: Path) -> None:
     inner = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
-    assert Template("{text}:", tokenizer, masked=False).words([" go", "go"]) == [6, 9]
+    assert Template("{text}:", tokenizer, masked=False).words([" go", "go"]) == [[6], [9]]
     with pytest.raises(
         UserError, match=r"'go' would melt into the template's end; begin it with a space, and"
     ):

@@ -101,7 +101,7 @@ class Scorer:
 
     def _together(self, batch: Batch, features: Tensor | None, candidates: Sequence[Candidate]) -> Tensor:
         lanes = len(candidates)
-        ids = None if features is not None else batch.inputs["input_ids"].shape
+        ids = None if features is not None else self._model.read_shape(batch)
         sizes = {len(batch.targets)}
         if ids is not None:
             sizes |= {ids[0], ids.numel()}
@@ -151,14 +151,14 @@ class Scorer:
         low_rank = isinstance(candidate, Seeded) and candidate.low_rank is not None
         if self._classes is None or self.together is False or not (low_rank or self._space.stackable):
             return 1
-        most = _LOGITS // (len(batch.targets) * self._classes)
+        most = _LOGITS // (len(batch.targets) * max(self._classes, self._model.computed))
         if not low_rank:
             most = min(most, _STACKED // self._space.elements)
         if features is not None:
             return max(1, min(most, _STACKED // features.numel()))
         if "decoder_input_ids" in batch.inputs:  # rows of two lengths do not show whose a module's input is
             return 1
-        examples, length = batch.inputs["input_ids"].shape
+        examples, length = self._model.read_shape(batch)
         tokens = self._prompt + length
         most = min(most, _TOKENS.get(self._space.device.type, _TOKENS_ELSEWHERE) // (examples * tokens))
         # an input of one token, or of as many as there are examples, does not show which is which

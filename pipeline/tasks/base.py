@@ -80,6 +80,12 @@ class TaskModel(nn.Module):
     """
 
     encoder: nn.Module
+    computed = 0
+    """Logits that are computed for an output, where they are more than its classes."""
+
+    def read_shape(self, batch: Batch) -> torch.Size:
+        """The shape of the ids that the encoder is given."""
+        return batch.inputs["input_ids"].shape
 
     def features(self, batch: Batch) -> Tensor:
         """Hidden states below the head: ``[outputs, hidden]``."""

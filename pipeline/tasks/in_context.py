@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from pipeline.predictions import Predictions
 from pipeline.prompt import tokens_in
 from pipeline.tasks.base import Batch, Start
-from pipeline.tasks.prompted import PromptedClassifier
+from pipeline.tasks.prompted import CompletingClassifier
 
 DEMONSTRATIONS = 32
 _TOKENS = 2**13  # of demonstrations in a forward pass: each of its texts holds their keys and values
@@ -34,7 +34,7 @@ def in_context(start: Start) -> dict[str, float] | None:
     room for none.
     """
     model = start.model
-    if not isinstance(model, PromptedClassifier) or model.prompting.kind != "clm" or tokens_in(model):
+    if not isinstance(model, CompletingClassifier) or model.prompting.kind != "clm" or tokens_in(model):
         return None
     name = _cache_name(model.encoder)
     if name is None:
@@ -47,7 +47,7 @@ def in_context(start: Start) -> dict[str, float] | None:
     kept = {name: DynamicCache(config=model.model.config)}
     model.encoder(input_ids=torch.tensor([ids], device=device), use_cache=True, **kept)
     parts = []
-    for batch in _pieces(start.test, max(1, _TOKENS // len(ids))):
+    for batch in _pieces(start.test, max(1, _TOKENS // (len(ids) * model.copies))):
         batch = batch.to(device)
         logits = model.outputs(_features(model, batch, kept, len(ids), opening))
         parts.append(Predictions.of(logits, batch.targets))
@@ -67,15 +67,15 @@ def _opening(start: Start) -> int:
     return next((i for i, each in enumerate(special) if not each), len(special))
 
 
-def _demonstrations(start: Start, model: PromptedClassifier, opening: int) -> tuple[list[int], int]:
+def _demonstrations(start: Start, model: CompletingClassifier, opening: int) -> tuple[list[int], int]:
     """Their ids in a row, and how many they are."""
     between = start.tokenizer(_BETWEEN, add_special_tokens=False)["input_ids"]
     room = getattr(model.model.config, "max_position_embeddings", None) or start.tokenizer.model_max_length
-    room -= max(batch.inputs["input_ids"].shape[1] for batch in start.test)
+    room -= max(model.read_shape(batch)[1] for batch in start.test)
     ids: list[int] = []
     count = 0
     for row, target in itertools.islice(_drawn(start), DEMONSTRATIONS):
-        shown = [*(row[opening:] if ids else row), model.prompting.tokens[target], *between]
+        shown = [*(row[opening:] if ids else row), *model.prompting.spelled(target), *between]
         if len(ids) + len(shown) > room:
             break
         ids, count = ids + shown, count + 1
@@ -106,13 +106,14 @@ def _pieces(batches: list[Batch], rows: int) -> Iterator[Batch]:
 
 
 def _features(
-    model: PromptedClassifier, batch: Batch, kept: dict[str, Any], length: int, opening: int
+    model: CompletingClassifier, batch: Batch, kept: dict[str, Any], length: int, opening: int
 ) -> Tensor:
     """Hidden states at the answers of texts that stand after ``length`` tokens read before."""
-    past, rows = copy.deepcopy(kept), len(batch.targets)
+    past, rows = copy.deepcopy(kept), len(batch.targets) * model.copies
     for cache in past.values():
         cache.batch_repeat_interleave(rows)
-    ids, mask = (batch.inputs[name][:, opening:] for name in ("input_ids", "attention_mask"))
-    whole = torch.cat((mask.new_ones(rows, length), mask), 1)
-    states: Tensor = model.encoder(input_ids=ids, attention_mask=whole, **past).last_hidden_state
-    return states[torch.arange(rows, device=ids.device), mask.sum(1) - 1]
+    texts = {name: tensor[:, opening:] for name, tensor in batch.inputs.items()}
+    read = model.rows(texts)
+    whole = torch.cat((read["attention_mask"].new_ones(rows, length), read["attention_mask"]), 1)
+    states: Tensor = model.encoder(**{**read, "attention_mask": whole}, **past).last_hidden_state
+    return model.at_words(states, texts["attention_mask"])

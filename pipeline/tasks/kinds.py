@@ -37,7 +37,9 @@ from pipeline.tasks.classification import (
 )
 from pipeline.tasks.in_context import in_context
 from pipeline.tasks.language_modelling import CorpusData, LanguageModel, validation_batches
-from pipeline.tasks.prompted import PROMPTED_FILE, PromptedClassifier, Prompting
+from pipeline.tasks.phrased import completing
+from pipeline.tasks.phrased import load as load_completing
+from pipeline.tasks.prompted import PROMPTED_FILE, Prompting
 from pipeline.tasks.template import Template, check
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ class Classification:
 
     def load(self, folder: Path) -> TaskModel:
         prompted = (folder / PROMPTED_FILE).is_file()
-        return PromptedClassifier.load(folder) if prompted else TextClassifier.load(folder)
+        return load_completing(folder) if prompted else TextClassifier.load(folder)
 
     def yardsticks(self, start: Start) -> dict[str, dict[str, float]]:
         """The most frequent label, the classifier as it starts, and a linear probe on its features.
@@ -184,10 +186,13 @@ def _prompted(
     words = said_of(labels, options.verbalizers, "finetune.verbalizers")
     if not options.verbalizers:
         words = [f" {word}" for word in words]
-    prompting = Prompting(kind, options.template, labels, words, template.words(words), template.answer)
-    tokens = {split: template.tokens(list(rows[split]["text"]), options.max_length) for split in rows}
+    prompting = Prompting.spelling(kind, template, labels, words)
     loaded = load_language_model(location, kind, derive(config.seed, 6), config.dtype)
-    return PromptedClassifier(loaded, prompting), tokens
+    model = completing(loaded, prompting, tokenizer.mask_token_id)
+    tokens = {
+        split: template.tokens(list(rows[split]["text"]), options.max_length, model.spare) for split in rows
+    }
+    return model, tokens
 
 
 class _LanguageModelling:

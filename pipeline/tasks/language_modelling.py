@@ -40,17 +40,21 @@ class LanguageModel(TaskModel):
         return states.flatten(0, 1)[batch.positions]
 
     def outputs(self, features: Tensor) -> Tensor:
-        """Logits ``[outputs, vocabulary]``, by the model's own head, whatever it is made of."""
+        """Logits ``[outputs, vocabulary]``."""
+        return self.logits(features[:, None])[:, 0]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """``[texts, tokens, hidden]`` to ``[texts, tokens, vocabulary]`` by the model's own head."""
         prefix = self.model.base_model_prefix
         base = getattr(self.model, prefix)
-        setattr(self.model, prefix, _Given(features))
+        setattr(self.model, prefix, _Given(states))
         try:
             logits: Tensor = self.model(
-                input_ids=torch.zeros(1, 1, dtype=torch.long, device=features.device)
+                input_ids=torch.zeros(1, 1, dtype=torch.long, device=states.device)
             ).logits
         finally:
             setattr(self.model, prefix, base)
-        return logits[:, 0]
+        return logits
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A ``save_pretrained`` directory."""
@@ -61,11 +65,11 @@ class LanguageModel(TaskModel):
 
 
 class _Given(nn.Module):
-    """Stands in for a base model and answers with hidden states computed before, as texts of one token."""
+    """Stands in for a base model and answers with hidden states computed before."""
 
-    def __init__(self, features: Tensor) -> None:
+    def __init__(self, states: Tensor) -> None:
         super().__init__()
-        self._features = features
+        self._states = states
 
     @property
     def decoder(self) -> _Given:
@@ -75,7 +79,7 @@ class _Given(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self._features[:, None])
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self._states)
 
 
 class CorpusData:

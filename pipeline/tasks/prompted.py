@@ -1,24 +1,25 @@
 """Text classification by a language model that completes a template with a label's word.
 
 The start is zero-shot, and close to the task: what makes fine-tuning by forward passes alone possible
-(Malladi et al. 2023, table 4). Of the vocabulary only the labels' words are computed.
+(Malladi et al. 2023, table 4). Where each word is one token, of the vocabulary only the labels' words are
+computed; `pipeline.tasks.phrased` has words of several.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
 from pipeline.tasks.base import Batch
 from pipeline.tasks.language_modelling import LanguageModel
+from pipeline.tasks.template import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,8 +31,9 @@ PROMPTED_FILE = "prompted.json"  # beside the language model
 class Prompting:
     """How a language model classifies; all that is kept beside it.
 
-    ``words`` has the word of each of ``labels``, ``tokens`` its id; ``answer`` is where it is predicted, an
-    index among a text's tokens, from the end where it is negative. ``kind`` is ``mlm`` or ``clm``.
+    ``words`` has the word of each of ``labels``, ``tokens`` the id of its first token, ``rest`` those of the
+    others: it is empty where no word has any. ``answer`` is where the first is predicted, an index among a
+    text's tokens, from the end where it is negative. ``kind`` is ``mlm`` or ``clm``.
     """
 
     kind: str
@@ -40,10 +42,65 @@ class Prompting:
     words: list[str]
     tokens: list[int]
     answer: int
+    rest: list[list[int]] = field(default_factory=list)
+
+    @classmethod
+    def spelling(
+        cls, kind: str, template: Template, labels: Sequence[str], words: Sequence[str]
+    ) -> Prompting:
+        """``words`` as the template's tokenizer spells them. Raises UserError as `Template.words` does."""
+        ids = template.words(words)
+        rest = [word[1:] for word in ids]
+        first = [word[0] for word in ids]
+        several = rest if any(rest) else []
+        return cls(kind, template.text, list(labels), list(words), first, template.answer, several)
+
+    def spelled(self, label: int) -> list[int]:
+        """All tokens of a label's word."""
+        return [self.tokens[label], *(self.rest[label] if self.rest else ())]
 
 
-class PromptedClassifier(LanguageModel):
-    """A language model, read at one position of each text, whose vocabulary is the labels' words.
+class CompletingClassifier(LanguageModel):
+    """A language model that says which label's word completes a text's template."""
+
+    copies, spare = 1, 0
+    """Rows that it reads of each text, and tokens that are added to them."""
+
+    def __init__(self, model: PreTrainedModel, prompting: Prompting) -> None:
+        super().__init__(model)
+        self.prompting = prompting
+
+    def rows(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the encoder reads of texts ``[examples, tokens]``: ``copies`` rows of each in turn."""
+        return inputs
+
+    def at_words(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Of the rows' states those that the words are predicted from: ``[examples, …, hidden]``.
+
+        ``mask`` is the texts' own, before `rows`.
+        """
+        raise NotImplementedError
+
+    def features(self, batch: Batch) -> Tensor:
+        """Hidden states where the words' tokens are predicted."""
+        states: Tensor = self.encoder(**self.rows(batch.inputs)).last_hidden_state
+        return self.at_words(states, batch.inputs["attention_mask"])
+
+    def places(self, mask: Tensor) -> Tensor:
+        """Where in each text the word begins to be predicted: int64 ``[examples]``."""
+        answer, lengths = self.prompting.answer, mask.sum(1)
+        return lengths + answer if answer < 0 else torch.full_like(lengths, answer)
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The whole language model as a ``save_pretrained`` directory, and how it classifies as JSON."""
+        super().save(folder, tokenizer)
+        kept = {key: value for key, value in asdict(self.prompting).items() if key != "rest" or value}
+        said = json.dumps(kept, indent=2, ensure_ascii=False)
+        (folder / PROMPTED_FILE).write_text(said + "\n", encoding="utf-8")
+
+
+class PromptedClassifier(CompletingClassifier):
+    """Words of one token: it is read at one position of each text, and its vocabulary is the labels' words.
 
     In place of its output layer stand the words' rows alone. Where that layer is the embedding, they are
     looked up in it, so that a tied weight stays one; where it is a layer of its own, they are copied out,
@@ -51,8 +108,7 @@ class PromptedClassifier(LanguageModel):
     """
 
     def __init__(self, model: PreTrainedModel, prompting: Prompting) -> None:
-        super().__init__(model)
-        self.prompting = prompting
+        super().__init__(model, prompting)
         given: Any = model  # typed in part
         whole = given.get_output_embeddings()
         tied = whole.weight is given.get_input_embeddings().weight
@@ -63,20 +119,14 @@ class PromptedClassifier(LanguageModel):
         self._words = (words,)
         _exchange(model, whole, words)
 
-    def features(self, batch: Batch) -> Tensor:
-        """Hidden states where the word is predicted: ``[examples, hidden]``."""
-        states: Tensor = self.encoder(**batch.inputs).last_hidden_state
-        answer = self.prompting.answer
-        lengths = batch.inputs["attention_mask"].sum(1)
-        places = lengths + answer if answer < 0 else torch.full_like(lengths, answer)
-        return states[torch.arange(len(states), device=states.device), places]
+    def at_words(self, states: Tensor, mask: Tensor) -> Tensor:
+        """``[examples, hidden]``."""
+        return states[torch.arange(len(states), device=states.device), self.places(mask)]
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The whole language model as a ``save_pretrained`` directory, and how it classifies as JSON."""
+        """As `CompletingClassifier.save`."""
         with self._restored():
             super().save(folder, tokenizer)
-        said = json.dumps(asdict(self.prompting), indent=2, ensure_ascii=False)
-        (folder / PROMPTED_FILE).write_text(said + "\n", encoding="utf-8")
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -93,21 +143,6 @@ class PromptedClassifier(LanguageModel):
             yield
         finally:
             _exchange(self.model, whole, words)
-
-    @classmethod
-    def load(cls, folder: Path) -> PromptedClassifier:
-        """What `save` wrote.
-
-        Raises:
-            UserError: the folder holds no prompted classifier.
-        """
-        from pipeline.models import load_language_model
-
-        path = folder / PROMPTED_FILE
-        if not path.is_file():
-            raise UserError(f"{folder} holds no prompted classifier; run the finetune stage first")
-        prompting = Prompting(**json.loads(path.read_text(encoding="utf-8")))
-        return cls(load_language_model(str(folder), prompting.kind, 0, "auto"), prompting).eval()
 
 
 class TiedWords(nn.Module):

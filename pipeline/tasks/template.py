@@ -55,6 +55,7 @@ class Template:
                 f"finetune.template '{shown}' holds {MASK}, but the model is a causal one: "
                 "the word goes to the template's end"
             )
+        self.text = template
         self._tokenizer = tokenizer
         self._masked = masked
         self._before, self._after = template.replace(MASK, str(tokenizer.mask_token)).split(TEXT)
@@ -77,22 +78,25 @@ class Template:
         rows = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
         return [list(ids) if self._masked else ids[: _open_end(special)] for ids, special in rows]
 
-    def tokens(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str], max_length: int, spare: int = 0) -> list[list[int]]:
         """Each text in the template, as ids; of a text that is too long the end is cut.
+
+        ``spare`` of the ``max_length`` tokens are left free.
 
         Raises:
             UserError: the template alone is longer than ``max_length``.
         """
-        least = len(self._encoded(self._around("")))
+        least = len(self._encoded(self._around(""))) + spare
         if least >= max_length:
+            what = "and its words take" if spare else "takes"
             raise UserError(
-                f"finetune.template takes {least} tokens, which leaves no room for a text: "
+                f"finetune.template {what} {least} tokens, which leaves no room for a text: "
                 f"finetune.max_length is {max_length}"
             )
+        room = max_length - spare
         rows = self._all_encoded([self._around(text) for text in texts])
         return [
-            ids if len(ids) <= max_length else self._cut(text, max_length)
-            for ids, text in zip(rows, texts, strict=True)
+            ids if len(ids) <= room else self._cut(text, room) for ids, text in zip(rows, texts, strict=True)
         ]
 
     def _cut(self, text: str, max_length: int) -> list[int]:
@@ -107,22 +111,22 @@ class Template:
                 return ids
             kept = max(0, kept - (len(ids) - max_length))
 
-    def words(self, words: Sequence[str]) -> list[int]:
-        """The token of each word where the template has its place.
+    def words(self, words: Sequence[str]) -> list[list[int]]:
+        """The tokens of each word where the template has its place.
 
         Raises:
-            UserError: a word of several tokens or none, or one that the model does not know; two alike.
+            UserError: a word of no token, or one that the model does not know; two alike.
         """
         ids = [self._word(word) for word in words]
         for i, word in enumerate(words):
             if ids[i] in ids[:i]:
                 raise UserError(
                     f"finetune.verbalizers: '{words[ids.index(ids[i])]}' and '{word}' are one and the same "
-                    "token to the model"
+                    "to the model"
                 )
         return ids
 
-    def _word(self, word: str) -> int:
+    def _word(self, word: str) -> list[int]:
         if self._masked:
             ids: list[int] = self._tokenizer(word, add_special_tokens=False)["input_ids"]
         else:
@@ -133,15 +137,9 @@ class Template:
                     "begin it with a space, and end the template without one"
                 )
             ids = whole[len(prompt) :]
-        if len(ids) != 1:
-            parts = ", ".join(f"'{self._tokenizer.decode([each])}'" for each in ids)
-            raise UserError(
-                f"finetune.verbalizers: '{word}' is {len(ids)} tokens to the model ({parts}); "
-                "give a word that is one"
-            )
-        if ids[0] == self._tokenizer.unk_token_id:
+        if not ids or self._tokenizer.unk_token_id in ids:
             raise UserError(f"finetune.verbalizers: the model does not know '{word}'; give another word")
-        return ids[0]
+        return ids
 
 
 def _open_end(special: Sequence[int]) -> int:
