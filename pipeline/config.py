@@ -107,8 +107,8 @@ class FinetuneConfig(TrainConfig):
     # label's word, which for a masked model stands at {mask}; null classifies by a head over the text's
     # features. Where the model writes, it goes on from it; null is the text alone.
     template: str | None = None
-    # The word of each label in the template, with the space before it; one token to the model. null takes the
-    # label itself.
+    # The word of each label in the template, with the space before it; null takes the label itself. Words of
+    # one token to the model cost least; of several, a label scores by their mean log-probability.
     verbalizers: dict[str, str] | None = None
     # Tokens a text that the model writes has at most.
     max_new_tokens: int = within(1, 32)
@@ -166,7 +166,8 @@ class Config:
     device: str = "auto"
     # The weights' precision: float32, bfloat16, float16, or auto, the model's own. A task's head is float32.
     dtype: str = "float32"
-    # The model to start from: package:NAME, a local directory, a GGUF file, or a hub id.
+    # The model to start from: package:NAME, a local directory, a GGUF file, a LoRA adapter's directory, or a
+    # hub id.
     model: str = "package:minilm"
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

@@ -6,18 +6,13 @@ of GGUF. A file is data: no code of it is run.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import struct
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.fetch import into_place
 from pipeline.errors import UserError
-from pipeline.layout import cache_dir
 from pipeline.models import loading
+from pipeline.unpacked import made_once
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
@@ -40,35 +35,12 @@ def check(file: Path) -> None:
 def plain(file: Path) -> Path:
     """The model of a GGUF file as a ``save_pretrained`` directory in the cache; unpacked on first use.
 
-    Its name holds the hash of the file's content, and it appears by one rename, as a package does.
-
     Raises:
         UserError: no such file, not GGUF, damaged, or of an architecture that transformers cannot read.
     """
     check(file)
-    kept = cache_dir() / "models"
-    folder = kept / f"{file.stem}-{_digest(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)}"
-    if folder.is_dir():
-        return folder
-    print(f"{file.name}: unpacking its weights, once, into {folder}", file=sys.stderr)
-    try:
-        kept.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept, prefix=".unpack-") as scratch:
-            unpacked = Path(scratch) / "unpacked"
-            _unpack(file.resolve(), unpacked)
-            into_place(unpacked, folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot keep {file.name} in {kept}: {error}; set PIPELINE_CACHE to a folder"
-        ) from error
-    return folder
-
-
-@functools.cache
-def _digest(file: Path, size: int, modified: int) -> str:
-    """Of the content; ``size`` and ``modified`` (ns) say when it is another."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    doing = f"{file.name}: unpacking its weights"
+    return made_once(file.stem, [file], doing, lambda out: _unpack(file.resolve(), out))
 
 
 def _unpack(file: Path, folder: Path) -> None:

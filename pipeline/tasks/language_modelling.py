@@ -29,6 +29,11 @@ class LanguageModel(TaskModel):
         self.model = model
 
     @property
+    def whole(self) -> nn.Module:
+        """With its head."""
+        return self.model
+
+    @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
         """The base model: everything below the head."""
         base: nn.Module = self.model.base_model

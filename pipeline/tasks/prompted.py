@@ -128,6 +128,11 @@ class PromptedClassifier(CompletingClassifier):
         with self._restored():
             super().save(folder, tokenizer)
 
+    def save_adapter(self, folder: Path, base: str, rank: int) -> None:
+        """As `TaskModel.save_adapter`: of the whole language model."""
+        with self._restored():
+            super().save_adapter(folder, base, rank)
+
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Within it, the model has its whole output layer, with the words' rows as they are now."""

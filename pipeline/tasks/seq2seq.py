@@ -39,6 +39,11 @@ class Seq2Seq(TaskModel):
         self.decoding = decoding(model, tokenizer, max_new_tokens, temperature)
 
     @property
+    def whole(self) -> nn.Module:
+        """With its head."""
+        return self.model
+
+    @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
         """Everything below the logits: the same modules, by the same names."""
         return self._body[0]

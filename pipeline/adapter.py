@@ -1,0 +1,183 @@
+"""LoRA adapters as PEFT directories: left beside a model that was trained so, and taken in a model's place.
+
+Both ways the files are PEFT's own, ``adapter_config.json`` and safetensors: a file is data, and no code of it
+is run. What comes in is merged into its base once; nothing else of the pipeline knows of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pipeline import models
+from pipeline.errors import UserError
+from pipeline.unpacked import made_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pipeline.tasks.base import TaskModel
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # of every tensor's name
+
+
+def save(model: TaskModel, folder: Path, base: str, rank: int) -> None:
+    """Writes the factors in ``model``'s encoder, and its head where that is part of the whole model.
+
+    ``PeftModel.from_pretrained`` loads it onto the model in ``base``, of the class that it was trained as.
+    """
+    from peft import LoraConfig, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    whole, encoder = model.whole, model.encoder
+    inner = next((f"{name}." for name, module in whole.named_modules() if module is encoder and name), "")
+    state = {inner + name: tensor for name, tensor in get_peft_model_state_dict(encoder).items()}
+    modules, head = sorted({name.split(".lora_")[0] for name in state}), _head_modules(model)
+    for name in head:
+        state |= {f"{name}.{key}": tensor for key, tensor in whole.get_submodule(name).state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    LoraConfig(
+        task_type=_task_type(whole),
+        r=rank,
+        lora_alpha=rank,
+        target_modules=modules,
+        modules_to_save=head or None,
+        fan_in_fan_out=models.is_conv(encoder),
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    tensors = {_PREFIX + name: tensor.contiguous().clone() for name, tensor in state.items()}
+    save_file(tensors, folder / WEIGHTS)
+
+
+def _head_modules(model: TaskModel) -> list[str]:
+    """The children of the whole model that hold the head's parameters; none where the head is not in it."""
+    head = {id(parameter) for parameter in model.head_parameters()}
+    found = [name for name, parameter in model.whole.named_parameters() if id(parameter) in head]
+    return sorted({name.partition(".")[0] for name in found})
+
+
+def _task_type(whole: nn.Module) -> str | None:
+    """What PEFT chooses a class for generation by."""
+    name = type(whole).__name__
+    if name.endswith(("CausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") else None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a directory holds an adapter and no model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def check(folder: Path) -> None:
+    """What can be told of an adapter without merging it.
+
+    Raises:
+        UserError: it is not one of LoRA in safetensors, or its base is not there.
+    """
+    kind = _said(folder).get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{folder} is an adapter of the kind {kind}; only LoRA's are merged into their base")
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} has no {WEIGHTS}: adapters are read from safetensors only")
+    try:
+        models.check(_base(folder))
+    except UserError as error:
+        raise UserError(f"the base of the adapter {folder}: {error}; {CONFIG} names it") from error
+
+
+def plain(folder: Path) -> Path:
+    """The base with the adapter merged into it, as a ``save_pretrained`` directory in the cache.
+
+    Raises:
+        UserError: as `check`, or the two do not fit.
+    """
+    check(folder)
+    base = models.locate(_base(folder))
+    files = [folder / CONFIG, folder / WEIGHTS]
+    files += sorted(each for each in Path(base).glob("*") if each.suffix in (".json", ".safetensors"))
+    doing = f"{folder}: merging it into its base"
+    return made_once(folder.resolve().name, files, doing, lambda out: _merge(folder, base, out))
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG} is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / CONFIG} is not an adapter's configuration")
+    return content
+
+
+def _base(folder: Path) -> str:
+    base = _said(folder).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder / CONFIG} names no base model: set base_model_name_or_path in it")
+    return str(base)
+
+
+def _merge(folder: Path, base: str, out: Path) -> None:
+    from peft import LoraConfig, PeftModel
+
+    model = models.load_as_trained(base)
+    root = _adapted(model, folder, base)
+    with models.loading(str(folder)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whether the two fit is asked above
+        config = LoraConfig.from_pretrained(str(folder))
+        config.task_type = None  # which would have PEFT look for a head
+        config.modules_to_save = _kept(root, config.modules_to_save or [], folder)
+        PeftModel.from_pretrained(root, str(folder), config=config, torch_device="cpu").merge_and_unload()
+    _tie_again(model)
+    models.save_model(model, out)
+    own = (folder / "tokenizer_config.json").is_file()
+    models.load_tokenizer(str(folder) if own else base).save_pretrained(str(out))
+
+
+def _tie_again(model: Any) -> None:
+    """A tied output layer that the adapter had a copy of, beside what was trained, is the embedding again.
+
+    Saved as two, the model would be loaded without any of its ties, the bias of BERT's head among them.
+    """
+    said, read = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and said is not None and torch.equal(said.weight, read.weight):
+        said.weight = read.weight
+
+
+def _kept(root: nn.Module, names: Sequence[str], folder: Path) -> list[str] | None:
+    """The modules beside the factors that there is a place for: a classifier's head may have none."""
+    modules = [name for name, _ in root.named_modules()]
+    kept = [name for name in names if any(each == name or each.endswith(f".{name}") for each in modules)]
+    if left_out := [name for name in names if name not in kept]:
+        print(f"{folder}: left out what its base has not: {', '.join(left_out)}", file=sys.stderr)
+    return kept or None
+
+
+def _adapted(model: PreTrainedModel, folder: Path, base: str) -> nn.Module:
+    """The model, or what is below its head: whichever the adapter's names are of."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            keys = list(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS} is damaged or cut off: {error}") from error
+    names = {key.removeprefix(_PREFIX).split(".lora_")[0] for key in keys if ".lora_" in key}
+    roots: list[nn.Module] = [model, model.base_model]
+    missing = [names - {name for name, _ in root.named_modules()} for root in roots]
+    for root, lacking in zip(roots, missing, strict=True):
+        if names and not lacking:
+            return root
+    lacking = min(missing, key=len)
+    what = f"has no module {min(lacking)}" if lacking else "finds no factors in it"
+    raise UserError(f"the adapter {folder} does not fit its base {base}, which {what}")
