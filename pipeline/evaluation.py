@@ -64,7 +64,7 @@ def tested(start: Start, model: TaskModel) -> Tested:
     """The held-out test of ``model``, which began as ``start``."""
     if start.examiner:
         return start.examiner.test(model, start.test)
-    made = predictions(model, start.test)
+    made = predictions(model, start.test, features(model, start.test))
     assert made.losses is not None
     return Tested(made.figures_with_intervals(), made.losses.tolist(), made.hits.float().tolist())
 

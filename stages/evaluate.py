@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline import start
 from pipeline.config import Config, with_yardstick
+from pipeline.engine import shared
 from pipeline.evaluation import measured, tested
 from pipeline.models import choose_device
 from pipeline.report import table, verdict, write_report
@@ -21,7 +22,8 @@ def evaluate(context: Context) -> dict[str, float]:
     write_predictions(layout.predictions, [], [])
     if config.prepare.task != "none":
         metrics.update(read_metrics(layout.finetuned / "metrics.json"))
-        metrics = _test(context, metrics)
+        with shared.sharing():  # what several rows read of the same texts
+            metrics = _test(context, metrics)
     write_metrics(layout.metrics, metrics)
     curves = {name: layout.plots / f"{name}.csv" for name in ("pretrain", "finetune")}
     write_report(config, layout, metrics, {name: path for name, path in curves.items() if path.is_file()})

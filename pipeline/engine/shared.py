@@ -38,13 +38,17 @@ _shared: _Shared | None = None
 
 @contextmanager
 def sharing(folder: Path | None = None) -> Iterator[None]:
-    """While it is entered, runs of this process share; with ``folder`` also what `save` left there."""
+    """While it is entered, runs of this process share; with ``folder`` also what `save` left there.
+
+    Entered again inside, it is the outer one.
+    """
     global _shared
-    _shared = _Shared(folder)
+    outer = _shared
+    _shared = outer or _Shared(folder)
     try:
         yield
     finally:
-        _shared = None
+        _shared = outer
 
 
 def once(key: Hashable, make: Callable[[], T]) -> T:

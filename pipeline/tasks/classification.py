@@ -29,6 +29,8 @@ START_FILE = "start.safetensors"  # the head before training: a replay elsewhere
 class TextClassifier(TaskModel):
     """Mean-pooled, length-normalised, centred hidden states under a linear layer.
 
+    ``reads`` says what of a text it reads, in the file that is kept of it.
+
     ``mean`` (``[hidden]``) and ``scale`` (``[]``) are constants of the training texts. Embeddings share a
     large common part (Ethayarajh 2019), along which every perturbation would shift all logits alike: noise
     to a method that learns from perturbations.
@@ -36,6 +38,8 @@ class TextClassifier(TaskModel):
     ``pooled_layers`` is how many of the last layers' states are averaged: the last layer is shaped by what
     the encoder was trained for, and the ones below often know more of another task (Peters et al. 2018).
     """
+
+    reads = "text"
 
     def __init__(self, encoder: nn.Module, hidden: int, labels: Sequence[str], pooled_layers: int) -> None:
         super().__init__()
@@ -49,12 +53,15 @@ class TextClassifier(TaskModel):
         self.scale: Tensor
 
     def features(self, batch: Batch) -> Tensor:
-        """Sentence embeddings of mean 0 and variance about 1: float32 ``[examples, hidden]``."""
+        """Embeddings of mean 0 and variance about 1: float32 ``[examples, hidden]``."""
+        return (self.pooled(batch) - self.mean) / self.scale
+
+    def pooled(self, batch: Batch) -> Tensor:
+        """Sentence embeddings of length 1: float32 ``[examples, hidden]``."""
         every = self.encoder(**batch.inputs, output_hidden_states=True).hidden_states
         states: Tensor = torch.stack(every[-self.pooled_layers :]).float().mean(0)
         mask = batch.inputs["attention_mask"][..., None].to(states.dtype)
-        pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
-        return (nn.functional.normalize(pooled, dim=-1) - self.mean) / self.scale
+        return nn.functional.normalize((states * mask).sum(1) / mask.sum(1).clamp(min=1), dim=-1)
 
     def outputs(self, features: Tensor) -> Tensor:
         """Logits ``[examples, labels]``."""
@@ -68,7 +75,7 @@ class TextClassifier(TaskModel):
         save_model(cast("PreTrainedModel", self.encoder), folder)
         tokenizer.save_pretrained(str(folder))
         self.save_head(folder / HEAD_FILE)
-        head = {"labels": self.labels, "pooled_layers": self.pooled_layers}
+        head = {"labels": self.labels, "pooled_layers": self.pooled_layers, "reads": self.reads}
         (folder / HEAD_CONFIG).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
 
     def save_head(self, path: Path) -> None:
@@ -101,13 +108,15 @@ class TextClassifier(TaskModel):
         """What `save` wrote.
 
         Raises:
-            UserError: the folder holds no classifier.
+            UserError: the folder holds no classifier, or one of another class.
         """
         from pipeline.models import load_encoder
 
         if not (folder / HEAD_CONFIG).is_file():
             raise UserError(f"{folder} holds no classifier; run the finetune stage first")
         head = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
+        if (reads := head.get("reads", TextClassifier.reads)) != cls.reads:
+            raise UserError(f"{folder} holds a classifier of a {reads}, where one of a {cls.reads} is needed")
         encoder = load_encoder(str(folder), "auto")
         model = cls(encoder, encoder.config.hidden_size, head["labels"], head["pooled_layers"])
         model.load_head(folder / HEAD_FILE)
@@ -165,14 +174,20 @@ def start_head(
     texts, sets the features' mean and scale, and the weights' scale so that logits have a standard deviation
     of one half: similarity says which label, never how sure.
     """
-    device = next(model.parameters()).device
-    features = model.features(sample.to(device))
-    mean, scale = features.mean(0), (features - features.mean(0)).pow(2).mean().sqrt()
-    model.mean.add_(mean * model.scale)
-    model.scale.mul_(scale)
+    features, device = standardise(model, sample), model.mean.device
     tokens = tokenizer(list(sentences))["input_ids"]
     described = model.features(Batch(pad(tokens, tokenizer.pad_token_id), torch.empty(0)).to(device))
     weight = described - described.mean(0)
-    logits = ((features - mean) / scale) @ weight.T
+    logits = features @ weight.T
     model.classifier.weight.copy_(weight * (0.5 / logits.std().clamp(min=1e-6)))
     model.classifier.bias.zero_()
+
+
+@torch.inference_mode()
+def standardise(model: TextClassifier, sample: Batch) -> Tensor:
+    """Sets the features' mean and scale by ``sample``, a batch of texts; its features as they then are."""
+    features = model.features(sample.to(next(model.parameters()).device))
+    mean, scale = features.mean(0), (features - features.mean(0)).pow(2).mean().sqrt()
+    model.mean.add_(mean * model.scale)
+    model.scale.mul_(scale)
+    return (features - mean) / scale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,40 +9,35 @@ from pipeline.config import Config, TrainConfig
 from pipeline.data.prepare import load_corpus, load_task
 from pipeline.engine import shared
 from pipeline.errors import UserError
-from pipeline.evaluation import linear_probe, majority, predictions
+from pipeline.evaluation import features, linear_probe, majority, predictions
 from pipeline.layout import Layout
 from pipeline.models import (
     choose_device,
-    has_language_head,
     load_config,
-    load_encoder,
     load_language_model,
     load_tokenizer,
     locate,
-    self_supervised_task,
 )
 from pipeline.noise import derive
 from pipeline.prompt import stored_tokens
 from pipeline.space import parse
 from pipeline.tasks.about import About
+from pipeline.tasks.answered import load as load_with_head
 from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled
 from pipeline.tasks.classification import (
     START_FILE,
     ClassificationData,
     TextClassifier,
-    said_of,
-    start_head,
 )
+from pipeline.tasks.classifiers import Built, build
 from pipeline.tasks.in_context import in_context
 from pipeline.tasks.language_modelling import CorpusData, LanguageModel, validation_batches
-from pipeline.tasks.phrased import completing
 from pipeline.tasks.phrased import load as load_completing
-from pipeline.tasks.prompted import PROMPTED_FILE, Prompting
-from pipeline.tasks.template import Template, check
+from pipeline.tasks.prompted import PROMPTED_FILE
+from pipeline.tasks.template import check
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -74,10 +68,10 @@ class Classification:
         check(options)
         rows, tokenizer = load_task(layout), load_tokenizer(location)
         _check_length("finetune", options, tokenizer, location)
-        prompted = options.template is not None
-        model, tokens = (_prompted if prompted else _described)(config, location, rows, tokenizer)
+        built = build(config, location, rows, tokenizer)
+        model = built.model
         data = {
-            split: ClassificationData(tokens[split], rows[split]["label"], tokenizer.pad_token_id)
+            split: ClassificationData(built.tokens[split], rows[split]["label"], tokenizer.pad_token_id)
             for split in rows
         }
         train = data["train"]
@@ -85,7 +79,7 @@ class Classification:
         if isinstance(model, TextClassifier):
             sample = train.batch(shuffled(len(train), _SAMPLE, derive(config.seed, 7), 0))
             read = (str(layout.prepared.resolve()), str(layout.pretrained.resolve()))
-            _start_head(model, config, tokenizer, sample, folder, read)
+            _start_head(model, built, config, sample, folder, read)
 
         def batch(step: int) -> Batch:
             return train.batch(shuffled(len(train), options.batch_size, config.seed, step))
@@ -95,7 +89,7 @@ class Classification:
 
     def load(self, folder: Path) -> TaskModel:
         prompted = (folder / PROMPTED_FILE).is_file()
-        return load_completing(folder) if prompted else TextClassifier.load(folder)
+        return load_completing(folder) if prompted else load_with_head(folder)
 
     def yardsticks(self, start: Start) -> dict[str, dict[str, float]]:
         """The most frequent label, the classifier as it starts, and a linear probe on its features.
@@ -105,45 +99,23 @@ class Classification:
         shown = in_context(start)
         return {
             "majority": majority(start.train, start.test),
-            "zero_shot": predictions(start.model, start.test).figures_with_intervals(),
+            "zero_shot": predictions(
+                start.model, start.test, features(start.model, start.test)
+            ).figures_with_intervals(),
             **({"in_context": shown} if shown else {}),
             "linear_probe": linear_probe(start.model, start.train, start.validation, start.test),
         }
 
 
-_Tokens = dict[str, list[list[int]]]
-
-
-def _described(
-    config: Config, location: str, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TaskModel, _Tokens]:
-    """A classifier by a head over the encoder's features, not started yet, and each split's texts."""
-    options = config.finetune
-    encoder = load_encoder(location, config.dtype)
-    if not 1 <= options.pooled_layers <= encoder.config.num_hidden_layers:
-        raise UserError(
-            f"finetune.pooled_layers is {options.pooled_layers}; "
-            f"the model has {encoder.config.num_hidden_layers} layers"
-        )
-    tokens = {
-        split: tokenizer(list(rows[split]["text"]), truncation=True, max_length=options.max_length)[
-            "input_ids"
-        ]
-        for split in rows
-    }
-    labels = rows["train"].features["label"].names
-    return TextClassifier(encoder, encoder.config.hidden_size, labels, options.pooled_layers), tokens
-
-
 def _start_head(
     model: TextClassifier,
+    built: Built,
     config: Config,
-    tokenizer: PreTrainedTokenizerBase,
     sample: Batch,
     folder: Path | None,
     read: tuple[str, str],
 ) -> None:
-    """The head as ``folder`` has it; else from the labels' descriptions, and kept there.
+    """The head as ``folder`` has it; else as it is ``built`` to start, and kept there.
 
     Runs of one process that ``read`` the same data and model share it.
     """
@@ -152,47 +124,15 @@ def _start_head(
         model.load_head(head)
         return
     options = config.finetune
-    descriptions = said_of(model.labels, options.descriptions, "finetune.descriptions")
 
     def started() -> dict[str, Tensor]:
-        start_head(model, tokenizer, descriptions, sample)
+        built.start(sample)
         return model.head()
 
     how = (config.seed, config.dtype, config.device, options.pooled_layers, options.max_length)
-    model.set_head(shared.once(("head", *read, *descriptions, *how), started))
+    model.set_head(shared.once(("head", *read, *built.said, *how), started))
     if head:
         model.save_head(head)
-
-
-def _prompted(
-    config: Config, location: str, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TaskModel, _Tokens]:
-    """A classifier by the words of a template, and each split's texts in it."""
-    options, kind = config.finetune, self_supervised_task(location)
-    assert options.template is not None
-    if load_config(location).is_encoder_decoder or (kind == "mlm" and tokenizer.mask_token is None):
-        raise UserError(
-            f"{config.model} completes no template: it takes a decoder, or an encoder with a mask token; "
-            "leave out finetune.template"
-        )
-    if not has_language_head(location):
-        warnings.warn(
-            f"{config.model} comes without a trained language-modelling head: what it says of a template "
-            "is noise until it is trained",
-            stacklevel=2,
-        )
-    template = Template(options.template, tokenizer, masked=kind == "mlm")
-    labels = rows["train"].features["label"].names
-    words = said_of(labels, options.verbalizers, "finetune.verbalizers")
-    if not options.verbalizers:
-        words = [f" {word}" for word in words]
-    prompting = Prompting.spelling(kind, template, labels, words)
-    loaded = load_language_model(location, kind, derive(config.seed, 6), config.dtype)
-    model = completing(loaded, prompting, tokenizer.mask_token_id)
-    tokens = {
-        split: template.tokens(list(rows[split]["text"]), options.max_length, model.spare) for split in rows
-    }
-    return model, tokens
 
 
 class _LanguageModelling:
