@@ -186,21 +186,20 @@ def replay(
     from pipeline import runs
     from pipeline.replay import STAGES, recorded
     from pipeline.replay import replay as rebuild
-    from pipeline.trajectory import FILE
 
     layout = runs.find(run)
     if stage is not None and stage not in STAGES:
         raise unknown("stage", stage, STAGES)
     if out and not stage:
         raise UserError("--out needs --stage pretrain or --stage finetune")
-    chosen = [stage] if stage else [s for s in STAGES if (recorded(layout, s) / FILE).is_file()]
+    chosen = [stage] if stage else [each for each in STAGES if recorded(layout, each)]
     if not chosen:
         raise UserError(f"{shown(layout.root)} holds no trajectory yet")
-    for each in chosen:
-        done = rebuild(layout, each, out)
+    for done in (done for each in chosen for done in rebuild(layout, each, out)):
         end = "identical to the run's" if done.whole else "where the run was cut off"
         size = f"{done.steps:,} steps from {done.bytes / 1024:,.0f} KB"
-        typer.echo(f"{each}: {size}, weights {done.digest[:16]}: {end}")
+        found = f"{size}, weights {done.digest[:16]}: {end}"
+        typer.echo(f"{done.what}: {found if done.digest else 'by gradients, which leave no record'}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -116,6 +117,46 @@ class FinetuneConfig(TrainConfig):
     temperature: float = within(0, 0.0)
     # Stop after this many evaluations without a better validation loss; 0 never stops early.
     patience: int = within(0, 0)
+    # Further phases, each from the weights that the one before ended with, such as
+    # [{optimizer: spsa, objective: error}]; see docs/hybrids.md.
+    then: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def phases(self) -> list[FinetuneConfig]:
+        """This section for each phase: without ``then`` itself alone, as it is.
+
+        What a phase leaves out is as it is here. But a scale or a rate belongs to its optimizer: a phase that
+        names one takes that one's own where it says no other.
+        """
+        first = dataclasses.replace(self, then=[])
+        further = [{**(_UNSCALED if "optimizer" in each else {}), **each} for each in self.then]
+        return [first, *(dataclasses.replace(first, **each) for each in further)]
+
+    @property
+    def method(self) -> str:
+        """The optimizers in their order: ``adamw, then spsa``."""
+        return ", then ".join(each.optimizer for each in self.phases)
+
+    @property
+    def budget(self) -> int:
+        """Forward passes of all phases."""
+        return sum(each.forward_passes for each in self.phases)
+
+
+# What a phase may say. The rest is what the task is, which stays the same: so do held-out figures.
+PHASE = (
+    "optimizer",
+    "objective",
+    "space",
+    "forward_passes",
+    "batch_size",
+    "epsilon",
+    "sigma",
+    "learning_rate",
+    "evaluate_every",
+    "patience",
+)
+_UNSCALED = {"epsilon": None, "sigma": None, "learning_rate": None}
 
 
 @dataclass(frozen=True)
@@ -198,6 +239,8 @@ def with_yardstick(config: Config, optimizer: str = YARDSTICK) -> Config:
     options = config.evaluate
     finetune = dataclasses.replace(
         config.finetune,
+        then=[],
+        forward_passes=config.finetune.budget,
         optimizer=optimizer,
         objective="cross_entropy",
         space="full",
@@ -212,6 +255,7 @@ MAPPINGS = (
     "finetune.descriptions",
     "finetune.verbalizers",
 )  # parameters whose own keys can be set one by one
+_PLACE = re.compile(r"finetune\.then\[(\d+)\]")
 SECTIONS = ("prepare", "pretrain", "tune", "finetune", "evaluate")
 
 
@@ -241,6 +285,8 @@ def build(content: dict[str, Any], source: str) -> Config:
         UserError: a key or value that does not fit.
     """
     config: Config = _build(Config, content, where="", source=source)
+    if config.tune.enabled and config.finetune.then:
+        raise UserError(f"{source}: tune searches one phase, and finetune.then names more: set it to []")
     return config
 
 
@@ -275,7 +321,7 @@ def override(config: Config, assignments: list[str]) -> Config:
 def updated(config: Config, values: dict[str, Any], source: str) -> Config:
     """``config`` with ``{"section.key": value}`` applied; ``source`` names them in errors.
 
-    ``finetune.descriptions.LABEL`` sets one description.
+    ``finetune.descriptions.LABEL`` sets one description, ``finetune.then[0].KEY`` one value of a phase.
 
     Raises:
         UserError: an unknown key (the nearest is named), or a wrong type.
@@ -290,6 +336,8 @@ def updated(config: Config, values: dict[str, Any], source: str) -> Config:
             content[section][key] = value
         elif dot and f"{section}.{key}" in MAPPINGS and isinstance(content[section][key], dict | None):
             content[section][key] = {**(content[section][key] or {}), inner: value}
+        elif inner and (place := _PLACE.fullmatch(f"{section}.{key}")):
+            _phase_at(content["finetune"]["then"], int(place[1]), source)[inner] = value
         else:
             hint = nearest(path, known) or "; see docs/parameters.md"
             if dot and f"{section}.{key}" in known:
@@ -300,6 +348,14 @@ def updated(config: Config, values: dict[str, Any], source: str) -> Config:
                     hint = f"; '{section}.{key}' is one value"
             raise UserError(f"{source}: unknown parameter '{path}'{hint}")
     return build(content, source)
+
+
+def _phase_at(phases: Any, place: int, source: str) -> dict[str, Any]:
+    if not isinstance(phases, list) or place >= len(phases) or not isinstance(phases[place], dict):
+        count = len(phases) if isinstance(phases, list) else 0
+        raise UserError(f"{source}: there is no finetune.then[{place}]: it has {count} phases, from [0] on")
+    phase: dict[str, Any] = phases[place]
+    return phase
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -348,11 +404,25 @@ def _checked(name: str, value: Any, wanted: Any, source: str) -> Any:
     if type(value) is not plain:
         shown = " ".join(str(value).split())
         raise UserError(f"{source}: '{name}' takes {_readable(kind)}, not '{shown:.80}'")
+    if plain is list and typing.get_args(kind) != (str,):
+        return [_phase(f"{name}[{place}]", each, source) for place, each in enumerate(value)]
     if plain is list:
         return [_text(name, each, source) for each in value]
     if plain is dict:
         return {_text(name, key, source): _text(name, each, source) for key, each in value.items()}
     return value
+
+
+def _phase(name: str, content: Any, source: str) -> dict[str, Any]:
+    """What a phase says, checked as finetune's own parameters are."""
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: '{name}' takes a phase such as {{optimizer: spsa}}, not '{content}'")
+    for key in content:
+        if key not in PHASE:
+            hint = nearest(str(key), PHASE) or f"; it takes {', '.join(PHASE)}"
+            raise UserError(f"{source}: a phase cannot say '{name}.{key}'{hint}")
+    built = _build(FinetuneConfig, content, f"{name}.", source)
+    return {key: getattr(built, key) for key in content}
 
 
 def _text(name: str, value: Any, source: str) -> str:
@@ -376,5 +446,7 @@ def _in_bounds(name: str, value: Any, bounds: tuple[float, float] | None, source
 
 def _readable(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if kind == list[dict[str, Any]]:
+        return "a list of phases"
     origin = typing.get_origin(kind) or kind
     return names.get(origin, {list: "a list of texts", dict: "a mapping of texts"}.get(origin, str(kind)))

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline import prompt, start
+from pipeline import phases, prompt, start
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout, partial
 from pipeline.models import choose_device, merge_lora
+from pipeline.space import Space
+from pipeline.tasks.base import Start
 from pipeline.tasks.classification import START_FILE
 from pipeline.trajectory import FILE, Trajectory
 
@@ -21,51 +23,95 @@ STAGES = ("pretrain", "finetune")
 
 @dataclass(frozen=True)
 class Replayed:
-    """A stage replayed: the digest of its searched weights, and how many steps and bytes it took.
+    """A stage, or a phase of it, replayed: the digest of its searched weights, and its steps and bytes.
 
     ``whole`` is false where the run was cut off: then there are no final weights to hold it against.
+    ``digest`` is empty of a phase that cannot be replayed, after which the next starts from what it left.
     """
 
-    stage: str
+    what: str
     digest: str
     steps: int
     bytes: int
     whole: bool
 
 
-def recorded(layout: Layout, stage: str) -> Path:
-    """The folder that holds the stage's trajectory: the finished one, else what a killed run left."""
+def root_of(layout: Layout, stage: str) -> Path:
+    """The stage's folder: the finished one, else what a killed run left."""
     folder = layout.pretrained if stage == "pretrain" else layout.finetuned
-    return folder if (folder / FILE).is_file() else partial(folder)
+    return folder if folder.is_dir() else partial(folder)
 
 
-def replay(layout: Layout, stage: str, out: Path | None = None) -> Replayed:
-    """Replays ``pretrain`` or ``finetune`` of a run; saves the rebuilt model to ``out`` if given.
+def recorded(layout: Layout, stage: str) -> list[Path]:
+    """The folders with the stage's trajectories, phase by phase."""
+    return phases.recorded_in(root_of(layout, stage))
+
+
+def replay(layout: Layout, stage: str, out: Path | None = None) -> list[Replayed]:
+    """Replays ``pretrain`` or each phase of ``finetune``; saves the rebuilt model to ``out`` if given.
+
+    A phase starts from the weights that were rebuilt of the one before: trajectories are enough. Only what
+    follows AdamW, whose gradients leave no record, starts from the weights that it left.
 
     Raises:
         UserError: there is no trajectory, the start has changed, or the weights differ in any bit.
     """
-    folder = recorded(layout, stage)
-    if out and (out.resolve() == folder.resolve() or (out.exists() and not out.is_dir())):
+    root = root_of(layout, stage)
+    folders = recorded(layout, stage) or [root]
+    if out and (out.resolve() == root.resolve() or (out.exists() and not out.is_dir())):
         raise UserError(f"--out {out} is a file, or the run's own folder; name another folder")
-    trajectory = Trajectory.read(folder / FILE)
-    config: Config = configuration.build(trajectory.header.config, source=str(folder / FILE))
+    done: list[Replayed] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        before = None
+        for number, folder in enumerate(folders, 1):
+            what = f"{stage}, phase {number}" if len(folders) > 1 or folder != root else stage
+            last = folder == folders[-1]
+            trajectory = Trajectory.read(folder / FILE)
+            if what != stage and not phases.leaves_record(trajectory.header.optimizer) and not (last and out):
+                done.append(_left(what, folder, trajectory))
+                before = folder
+                continue
+            rebuilt = out if last and out else Path(scratch) / str(number)
+            begun = _begun(layout, stage, root, before, trajectory)
+            done.append(_replayed(what, folder, trajectory, begun, rebuilt))
+            before = rebuilt
+    return done
+
+
+def _left(what: str, folder: Path, trajectory: Trajectory) -> Replayed:
+    """A phase that has no record to replay."""
+    size = (folder / FILE).stat().st_size
+    return Replayed(what, "", len(trajectory.steps), size, trajectory.end is not None)
+
+
+def _begun(
+    layout: Layout, stage: str, root: Path, before: Path | None, trajectory: Trajectory
+) -> tuple[Start, Space]:
+    """Where the recorded run began, and the space that it moved in."""
+    config: Config = configuration.build(trajectory.header.config, source=str(root / FILE))
     try:
         choose_device(config.device)
     except UserError:  # made elsewhere: moves along seeds have the same bits here
         config = replace(config, device="auto")
-    begin = start.begin(config, layout, stage, folder)
-    space = start.space(config.pretrain if stage == "pretrain" else config.finetune, config, begin.model)
+    if stage == "pretrain":
+        begin = start.begin(config, layout, stage, root)
+        return begin, start.space(config.pretrain, config, begin.model)
+    begin = phases.begin(config, layout, root, before)
+    return begin, start.space(config.finetune, config, begin.model)
+
+
+def _replayed(
+    what: str, folder: Path, trajectory: Trajectory, begun: tuple[Start, Space], rebuilt: Path
+) -> Replayed:
+    begin, space = begun
     digest = trajectory.replay(space)
     if space.kind == "lora":
         merge_lora(begin.model.encoder)
-    with tempfile.TemporaryDirectory() as scratch:
-        rebuilt = out or Path(scratch)
-        begin.model.save(rebuilt, begin.tokenizer)
-        if trajectory.end is not None:
-            _compare(folder, rebuilt)
-    size, whole = (folder / FILE).stat().st_size, trajectory.end is not None
-    return Replayed(stage, digest, len(trajectory.steps), size, whole)
+    begin.model.save(rebuilt, begin.tokenizer)
+    whole = trajectory.end is not None
+    if whole:
+        _compare(folder, rebuilt)
+    return Replayed(what, digest, len(trajectory.steps), (folder / FILE).stat().st_size, whole)
 
 
 def _compare(saved: Path, rebuilt: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import figures
+from pipeline import figures, phase_figures
 from pipeline.config import Config, TrainConfig
 from pipeline.layout import Layout, project_root
 
@@ -83,7 +83,7 @@ def table(metrics: dict[str, Any]) -> str:
         used = [i for i in range(len(content[0])) if i == 0 or any(line[i] for line in content[1:])]
         widths = {i: max(len(line[i]) for line in content) for i in used}
         lines = ["  ".join(_aligned(line[i], widths[i], i) for i in used).rstrip() for line in content]
-    return "\n".join([*lines, *_pretraining(metrics)])
+    return "\n".join([*lines, *_pretraining(metrics), *phase_figures.lines(metrics, SHOWN)])
 
 
 def _content(metrics: dict[str, Any], result: str) -> list[tuple[str, ...]]:
@@ -140,11 +140,12 @@ def write_report(config: Config, layout: Layout, metrics: dict[str, Any], curves
     pictures = _pictures(config, layout, metrics, curves)
     sections = [
         f"# {_title(layout)}",
-        verdict(metrics, config.finetune.optimizer),
+        verdict(metrics, config.finetune.method),
         _result(metrics, config),
         _further(metrics, config),
         _setup(config, metrics),
         *([_pretrained(metrics)] if _pretraining(metrics) else []),
+        _phases(metrics),
         *([_seen(pictures, layout)] if pictures else []),
         _again(layout),
     ]
@@ -160,7 +161,7 @@ def _is_project(layout: Layout) -> bool:
 
 
 def _result(metrics: dict[str, Any], config: Config) -> str:
-    content = _content(metrics, f"**{config.finetune.optimizer}** (this run)")
+    content = _content(metrics, f"**{config.finetune.method}** (this run)")
     if not content:
         return ""
     note = "A forward pass is one of the model over one batch; a backward pass counts as two."
@@ -206,14 +207,15 @@ def _setup(config: Config, metrics: dict[str, Any]) -> str:
         lines.append(f"- pretraining: {_training(config.pretrain)}, on {corpus}")
     if config.prepare.task != "none":
         size = f" ({metrics['coordinates']:,.0f} coordinates)" if "coordinates" in metrics else ""
-        lines.append(f"- fine-tuning: {_training(config.finetune)}{size}")
+        lines += [f"- fine-tuning: {_training(each)}" for each in config.finetune.phases]
+        lines[-1] += size
     return "\n".join(["## What was run", "", *lines, f"- seed: {config.seed}"])
 
 
 def _training(options: TrainConfig) -> str:
     return (
-        f"`{options.optimizer}` over the space `{options.space}`, at most {options.forward_passes:,} forward "
-        f"passes of {options.batch_size} × {options.max_length} tokens"
+        f"`{options.optimizer}` over the space `{options.space}` on `{options.objective}`, at most "
+        f"{options.forward_passes:,} forward passes of {options.batch_size} × {options.max_length} tokens"
     )
 
 
@@ -223,6 +225,11 @@ def _pretrained(metrics: dict[str, Any]) -> str:
     if after == before:
         change = "unchanged"
     return f"## Pretraining\n\nHeld-out loss {before:.4f} before, {after:.4f} after: {change}."
+
+
+def _phases(metrics: dict[str, Any]) -> str:
+    found = phase_figures.lines(metrics, SHOWN)
+    return "\n".join(["## Phases", "", *(f"- {line}" for line in found)]) if found else ""
 
 
 def _seen(pictures: list[Path], layout: Layout) -> str:
@@ -247,13 +254,16 @@ def _pictures(config: Config, layout: Layout, metrics: dict[str, Any], curves: d
     The others are empty pictures: ``dvc.yaml`` names all three as outputs.
     """
     drawn = []
-    result = f"{config.finetune.optimizer} (this run)"
+    result = f"{config.finetune.method} (this run)"
     drawings: dict[str, Figure | None] = {
         "accuracy": _accuracies(found, result) if (found := rows(metrics, result)) else None
     }
-    for stage in ("finetune", "pretrain"):
-        options = config.finetune if stage == "finetune" else config.pretrain
-        drawings[stage] = _curve(curves[stage], stage, options) if stage in curves else None
+    for stage, shown, marks in (
+        ("finetune", config.finetune.phases, phase_figures.boundaries(metrics)),
+        ("pretrain", [config.pretrain], []),
+    ):
+        title = f"{stage}: " + ", then ".join(f"{each.optimizer} over {each.space}" for each in shown)
+        drawings[stage] = _curve(curves[stage], title, marks) if stage in curves else None
     for name, figure in drawings.items():
         path = _save(figure or _canvas(0, height=1)[0], layout.plots / f"{name}.png")
         drawn += [path] if figure else []
@@ -286,8 +296,11 @@ def _accuracies(found: list[Row], result: str) -> Figure:
     return figure
 
 
-def _curve(path: Path, stage: str, options: TrainConfig) -> Figure | None:
-    """Validation figures against forward passes: one panel for each that the file holds, if it holds any."""
+def _curve(path: Path, title: str, marks: list[float]) -> Figure | None:
+    """Validation figures against forward passes: one panel for each that the file holds, if it holds any.
+
+    ``marks`` are forward passes after which another phase began.
+    """
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     if not lines:
@@ -298,11 +311,13 @@ def _curve(path: Path, stage: str, options: TrainConfig) -> Figure | None:
     for axes, key in zip(panels, shown, strict=True):
         scale = 100 if key == "accuracy" else 1
         axes.plot(passes, [float(line[key]) * scale for line in lines], "-o", color=RESULT, markersize=3.5)
+        for mark in marks:
+            axes.axvline(mark, color=REFERENCE, linewidth=1, linestyle="--")
         axes.set_ylabel("validation " + {"accuracy": "accuracy, %", "loss": "loss, nats"}.get(key, key))
         axes.set_xlabel("forward passes")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlim(left=0)
-    figure.suptitle(f"{stage}: {options.optimizer} over {options.space}", fontsize=11, color=AXIS)
+    figure.suptitle(title, fontsize=11, color=AXIS)
     return figure
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 import yaml
 
 from pipeline import config as configuration
-from pipeline.config import YARDSTICK, Config
+from pipeline.config import Config, TrainConfig
 from pipeline.errors import UserError, unknown
 from pipeline.layout import Layout, project_root
-from pipeline.registry import Spec
 from pipeline.stage import ORDER, run
 
 
@@ -49,7 +48,7 @@ def folder(name: str | None, config: Config, *, make: bool) -> Path:
             raise UserError(f"--name '{name}': use letters, digits, '.', '_', '-', '=' and '+' only")
         return runs / name
     for number in itertools.count(1):
-        path = runs / f"{slug(config.finetune.optimizer)}-{number}"
+        path = runs / f"{slug(config.finetune.method)}-{number}"
         with contextlib.suppress(FileExistsError):
             if make:
                 path.mkdir(parents=True)
@@ -69,12 +68,10 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     Raises:
         UserError: whatever it finds.
     """
+    from pipeline import phases
     from pipeline.data.prepare import check_sources
     from pipeline.models import check, choose_device, choose_dtype
-    from pipeline.optimizer import Problem
-    from pipeline.registry import create
-    from pipeline.space import parse
-    from pipeline.start import task, training
+    from pipeline.start import task
     from pipeline.tasks.template import check as check_template
 
     choose_device(config.device)
@@ -87,11 +84,24 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     if config.prepare.task != "none":
         task(config, "finetune")
         check_template(config.finetune)
-    used = [config.pretrain] if config.pretrain.enabled else []
-    for options in [*used, *([config.finetune] if config.prepare.task != "none" else [])]:
-        plan = training(options, config)
-        kind = parse(options.space).backend
-        create(plan.optimizer, Problem(8, kind, max(1, options.forward_passes), config.seed), plan.defaults)
+    if config.pretrain.enabled:
+        _check_training(config.pretrain, config)
+    for phase in phases.of(config) if config.prepare.task != "none" else ():
+        try:
+            _check_training(phase.config.finetune, phase.config)
+        except UserError as error:
+            raise phase.named(error) from error
+
+
+def _check_training(options: TrainConfig, config: Config) -> None:
+    from pipeline.optimizer import Problem
+    from pipeline.registry import create
+    from pipeline.space import parse
+    from pipeline.start import training
+
+    plan = training(options, config)
+    kind = parse(options.space).backend
+    create(plan.optimizer, Problem(8, kind, max(1, options.forward_passes), config.seed), plan.defaults)
 
 
 def unfinished(layout: Layout) -> tuple[Config, tuple[str, ...]]:
@@ -113,11 +123,6 @@ def first_unfinished(layout: Layout, config: Config) -> str | None:
         if not layout.last_written(stage).is_file() and not skipped:
             return stage
     return None
-
-
-def goes_on(layout: Layout, config: Config) -> bool:
-    """Whether a run that was begun there can go on; AdamW's, whose gradients leave no record, begins anew."""
-    return layout.params.is_file() and Spec.parse(config.finetune.optimizer).backend != YARDSTICK
 
 
 def execute(

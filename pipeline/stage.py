@@ -41,8 +41,13 @@ class Context:
         print(text, flush=True)
 
     @contextmanager
-    def training_progress(self, label: str, forward_passes: int) -> Iterator[tuple[OnMeasure, OnMeasure]]:
-        """Callbacks for the trainer: a progress bar on a terminal, the tracker always."""
+    def training_progress(
+        self, label: str, forward_passes: int, before: int = 0
+    ) -> Iterator[tuple[OnMeasure, OnMeasure]]:
+        """Callbacks for the trainer: a progress bar on a terminal, the tracker always.
+
+        The tracker counts on from the forward passes made ``before``.
+        """
         from tqdm import tqdm
 
         figures: dict[str, str] = {}
@@ -59,12 +64,12 @@ class Context:
                 show(made, new, "train_loss")
                 if made - noted >= spacing:
                     noted = made
-                    self.tracker.metrics(new, made)
+                    self.tracker.metrics(new, before + made)
 
             def on_measure(made: int, new: dict[str, float]) -> None:
                 held_out = {f"validation_{key}": value for key, value in new.items()}
                 show(made, held_out, "validation_loss")
-                self.tracker.metrics(held_out, made)
+                self.tracker.metrics(held_out, before + made)
 
             yield on_step, on_measure
 
@@ -72,7 +77,8 @@ class Context:
         """Writes ``plots/<name>.csv``: forward passes, then the figures measured there, if any."""
         path = self.layout.plots / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        keys = list(curve[0][1]) if curve else ["loss"]
+        # phases of other objectives may measure more
+        keys = [key for key in curve[0][1] if all(key in each for _, each in curve)] if curve else ["loss"]
         rows = [",".join(map(str, [made, *(figures[key] for key in keys)])) for made, figures in curve]
         path.write_text("\n".join([",".join(["forward_passes", *keys]), *rows]) + "\n", encoding="utf-8")
         return path

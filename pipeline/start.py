@@ -7,8 +7,9 @@ from typing import Any
 
 from pipeline import objective, user_code
 from pipeline import space as spaces
-from pipeline.config import Config, FinetuneConfig, TrainConfig
+from pipeline.config import YARDSTICK, Config, FinetuneConfig, TrainConfig
 from pipeline.data.prepare import LABELS, PROMPTS, data_of
+from pipeline.engine.evaluator import NO_GRADIENT
 from pipeline.entry_points import load
 from pipeline.errors import UserError
 from pipeline.layout import Layout
@@ -96,10 +97,16 @@ def training(options: TrainConfig, config: Config, patience: int = 0) -> Trainin
 
 
 def _check_objective(config: Config, options: TrainConfig, chosen: objective.AnyObjective) -> None:
-    """Raises UserError for a score of texts where none are written, or where targets are needed and missing.
+    """Raises UserError for a score of texts where none are written, or where targets are needed and missing,
+    or for AdamW on an objective that is known to have no gradient.
 
     No model is needed to tell: a run is refused before anything is computed.
     """
+    plain = (objective.error, objective.f1)
+    if Spec.parse(options.optimizer).backend == YARDSTICK and (
+        isinstance(chosen, objective.TextObjective) or chosen in plain
+    ):
+        raise UserError(NO_GRADIENT)
     data = data_of(config.prepare.task) if isinstance(options, FinetuneConfig) else LABELS
     if isinstance(chosen, objective.TextObjective) and data == LABELS:
         raise UserError(WRITES_NONE)

@@ -135,6 +135,11 @@ class Trajectory:
     def steps(self) -> list[dict[str, Any]]:
         return [line for line in self.lines if "measured" not in line]
 
+    @property
+    def curve(self) -> list[tuple[int, dict[str, float]]]:
+        """What was measured, and after how many forward passes."""
+        return [(line["forward_passes"], line["measured"]) for line in self.lines if "measured" in line]
+
     @classmethod
     def read(cls, path: Path) -> Trajectory:
         """Raises UserError when there is none, or it is not one this version can read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline import start
+from pipeline import phases, start
 from pipeline.config import Config, with_yardstick
 from pipeline.engine import shared
 from pipeline.evaluation import measured, tested
@@ -31,7 +31,7 @@ def evaluate(context: Context) -> dict[str, float]:
         context.tracker.artifact(picture, "plots")
     for file in (layout.report, layout.metrics, layout.prepared / "card.md"):
         context.tracker.artifact(file)
-    context.tracker.tags({"mlflow.note.content": verdict(metrics, config.finetune.optimizer)})
+    context.tracker.tags({"mlflow.note.content": verdict(metrics, config.finetune.method)})
     context.tracker.metrics(metrics, int(metrics.get("forward_passes", 0)))
     context.say(table(metrics))
     return metrics
@@ -41,7 +41,7 @@ def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
     layout = context.layout
     config = with_tuned(context.config, layout)
     task = start.task(config, "finetune")
-    begin = task.start(config, layout, layout.finetuned)
+    begin = task.start(phases.as_last(config), layout, layout.finetuned)
     result = task.load(layout.finetuned).to(choose_device(config.device))
     test = tested(begin, result)
     write_predictions(layout.predictions, test.losses, test.scores)

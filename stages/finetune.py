@@ -1,16 +1,18 @@
-"""Transfer to the task, by forward passes."""
+"""Transfer to the task, by forward passes; in one phase, or in several that go on from each other."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import start
+from pipeline import phases, start
 from pipeline.evaluation import features, measured
 from pipeline.models import merge_lora
 from pipeline.peak_memory import PeakMemory
-from pipeline.stage import Context, fresh_folder, script, write_metrics
+from pipeline.phase_figures import together
+from pipeline.phases import Phase
+from pipeline.stage import Context, fresh_folder, read_metrics, script, write_metrics
 from pipeline.trainer import train
-from pipeline.trajectory import FILE
+from pipeline.trajectory import FILE, Trajectory
 from pipeline.tuned import with_tuned
 
 
@@ -23,27 +25,47 @@ def finetune(context: Context) -> dict[str, float]:
             return {}
         metrics = _finetune(context, folder)
         write_metrics(folder / "metrics.json", metrics)
-    for artifact, place in ((layout.finetuned / FILE, ""), (layout.plots / "finetune.csv", "plots")):
-        context.tracker.artifact(artifact, place)
+    for each in phases.recorded_in(layout.finetuned):
+        place = each.relative_to(layout.finetuned).as_posix()
+        context.tracker.artifact(each / FILE, "" if place == "." else place)
+    context.tracker.artifact(layout.plots / "finetune.csv", "plots")
     context.tracker.metrics(metrics, int(metrics["forward_passes"]))
     return metrics
 
 
-def _finetune(context: Context, folder: Path) -> dict[str, float]:
-    layout = context.layout
-    config = with_tuned(context.config, layout)
-    begin = start.begin(config, layout, "finetune", folder)
+def _finetune(context: Context, root: Path) -> dict[str, float]:
+    """Runs the phases, or those that are left of them; their figures, and their curves as one."""
+    done: list[dict[str, float]] = []
+    curve: list[tuple[int, dict[str, float]]] = []
+    for phase in phases.of(with_tuned(context.config, context.layout)):
+        made = int(sum(each["forward_passes"] for each in done))
+        if not phase.done(root):
+            with phase.building(root, resume=context.resume) as folder:
+                write_metrics(folder / "metrics.json", _phase(context, phase, root, folder, made))
+        done.append(read_metrics(phase.folder(root) / "metrics.json"))
+        curve += [(made + at, figures) for at, figures in Trajectory.read(phase.folder(root) / FILE).curve]
+    context.write_curve("finetune", curve)
+    return together(done, curve[0][1])
+
+
+def _phase(context: Context, phase: Phase, root: Path, folder: Path, made: int) -> dict[str, float]:
+    """Trains from where the phase before ended, after ``made`` forward passes."""
+    layout, config = context.layout, phase.config
+    begin = phases.begin(config, layout, root, phase.before(root))
     space = start.space(config.finetune, config, begin.model)
     training = start.training(config.finetune, config, config.finetune.patience)
+    name = f"{phase.name}, " if phase.name else ""
     context.say(
-        f"finetune: {training.optimizer} over {training.space} ({space.size:,} coordinates), "
+        f"finetune: {name}{training.optimizer} over {training.space} ({space.size:,} coordinates), "
         f"{training.forward_passes:,} forward passes"
     )
+    if phase.name and not phase.recorded:
+        context.say(f"finetune: {training.optimizer} leaves no record to replay: its end weights are kept")
     head_only = not begin.examiner and space.only_in(begin.model.head_parameters())
     kept = features(begin.model, begin.validation) if head_only else None
     with (
         PeakMemory(space.device) as memory,
-        context.training_progress("finetune", training.forward_passes) as (on_step, on_measure),
+        context.training_progress("finetune", training.forward_passes, made) as (on_step, on_measure),
     ):
         result = train(
             training,
@@ -52,15 +74,14 @@ def _finetune(context: Context, folder: Path) -> dict[str, float]:
             begin.batch,
             lambda: measured(begin, kept),
             trajectory=folder / FILE,
-            resume=context.resume,
+            resume=context.resume and phase.recorded,
             on_step=on_step,
             on_measure=on_measure,
             say=context.say,
         )
-    context.write_curve("finetune", result.curve)
     if training.space.backend == "lora":
-        base, rank = str(layout.pretrained.resolve()), training.space.options["rank"]
-        begin.model.save_adapter(folder / "adapter", base, rank)
+        base, rank = phase.before(layout.finetuned) or layout.pretrained, training.space.options["rank"]
+        begin.model.save_adapter(folder / "adapter", str(base.resolve()), rank)
         merge_lora(begin.model.encoder)
     begin.model.save(folder, begin.tokenizer)
     return {

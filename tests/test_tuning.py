@@ -212,7 +212,7 @@ def test_a_trial_has_the_weights_that_its_parameters_give_by_themselves(
     ]
     assert json.loads(ends[0]) == json.loads(ends[1])
     assert "digest" in ends[0]
-    assert replay(alone, "finetune").whole
+    assert replay(alone, "finetune")[0].whole
 
 
 def test_features_are_shared_inside_and_forgotten_outside(base: Layout, config: Config) -> None:
@@ -351,7 +351,7 @@ def test_finetune_takes_what_was_found(base: Layout, config: Config) -> None:
     assert header["defaults"]["learning_rate"] == found["values"]["finetune.learning_rate"]
     metrics = json.loads((base.finetuned / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["validation/loss"] == found["value"]
-    assert replay(base, "finetune").whole
+    assert replay(base, "finetune")[0].whole
     report = next(base.tuning.glob("*/report.md")).read_text(encoding="utf-8")
     assert "first guess" in report
     assert (next(base.tuning.glob("*")) / "contour.png").is_file()

@@ -53,6 +53,8 @@ def compare(
         raise UserError("prepare.task is none: there is no fine-tuning to compare")
     if data_of(chosen.prepare.task) != LABELS:
         raise UserError(f"{chosen.prepare.task} does not measure accuracy, by which methods are compared")
+    if chosen.finetune.then:
+        raise UserError("compare runs one optimizer from start to end: set finetune.then to []")
     root = runs.folder(name, chosen, make=False)
     plan = Plan(root, chosen, parse_optimizers(optimizers), parse_seeds(seeds), tune)
     for each in plan.optimizers:

@@ -181,7 +181,7 @@ def _do(job: Job, parent: str | None) -> str:
         contextlib.redirect_stderr(log),
     ):
         try:
-            runs.execute(job.config, layout, left, resume=runs.goes_on(layout, job.config), parent=parent)
+            runs.execute(job.config, layout, left, resume=layout.params.is_file(), parent=parent)
         except UserError as error:
             layout.root.mkdir(parents=True, exist_ok=True)
             (layout.root / ERROR).write_text(str(error), encoding="utf-8")

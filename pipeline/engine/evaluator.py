@@ -18,7 +18,7 @@ from pipeline.optimizer import BudgetSpent, Candidate, Drawn, Explicit, Move, Se
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
 
-_NO_GRADIENT = (
+NO_GRADIENT = (
     "this optimizer needs a gradient, which the objective has not; "
     "choose the objective cross_entropy or another optimizer"
 )
@@ -124,7 +124,7 @@ class Engine:
             UserError: the objective has none.
         """
         if isinstance(self.objective, TextObjective):
-            raise UserError(_NO_GRADIENT)
+            raise UserError(NO_GRADIENT)
         self.spend(3)
         tensors = [searched.parameter for searched in self.space.tensors]
         cuda = [self.space.device] if self.space.device.type == "cuda" else []
@@ -134,7 +134,7 @@ class Engine:
             try:
                 loss = judge(self.objective, batch)(self.model(batch))
                 if not loss.requires_grad:
-                    raise UserError(_NO_GRADIENT)
+                    raise UserError(NO_GRADIENT)
                 gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
             finally:
                 self.model.eval()

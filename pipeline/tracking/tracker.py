@@ -150,6 +150,11 @@ def _params(stage: str, config: Config) -> dict[str, Any]:
         values |= _as_used(section, config)
     if stage == "compare":
         del values["finetune.optimizer"]  # it has several
+    elif config.finetune.then and "finetune.then" in values:
+        values |= {
+            "finetune.optimizer": config.finetune.method,
+            "finetune.forward_passes": config.finetune.budget,
+        }
     return values
 
 
@@ -182,8 +187,10 @@ def _tags(stage: str, config: Config, commit: str) -> dict[str, str]:
         "mlflow.note.content": _description(stage, config),
     }
     if stage not in ("prepare", "compare"):
-        training = config.pretrain if stage == "pretrain" else config.finetune
-        tags.update(optimizer=training.optimizer, space=training.space)
+        used = [config.pretrain] if stage == "pretrain" else config.finetune.phases
+        tags.update(
+            {key: ", then ".join(getattr(each, key) for each in used) for key in ("optimizer", "space")}
+        )
     if commit:
         bare = commit.removesuffix("-dirty")
         tags.update({"git.commit": bare, "git.dirty": str(bare != commit).lower()})
@@ -193,10 +200,10 @@ def _tags(stage: str, config: Config, commit: str) -> dict[str, str]:
 
 def _description(stage: str, config: Config) -> str:
     """A sentence for a person who meets the run in a list."""
-    data, model, budget = config.prepare.train, config.model, config.finetune.forward_passes
+    data, model, budget = config.prepare.train, config.model, config.finetune.budget
     learns, by = (
         f"{config.prepare.task} on {data}",
-        f"`{config.finetune.optimizer}` over `{config.finetune.space}`",
+        ", then ".join(f"`{each.optimizer}` over `{each.space}`" for each in config.finetune.phases),
     )
     before = f"`{config.pretrain.optimizer}` over `{config.pretrain.space}`"
     return {

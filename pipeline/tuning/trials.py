@@ -166,7 +166,7 @@ def _run(config: Config, study: Study, layout: Layout, taken: Taken, parent: str
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):
-            runs.execute(plain, layout, ("finetune",), resume=runs.goes_on(layout, plain), parent=parent)
+            runs.execute(plain, layout, ("finetune",), resume=layout.params.is_file(), parent=parent)
     _leave_out_weights(layout)
     return read_metrics(done)
 
