@@ -111,6 +111,9 @@ class FinetuneConfig(TrainConfig):
     # The word of each label in the template, with the space before it; null takes the label itself. Words of
     # one token to the model cost least; of several, a label scores by their mean log-probability.
     verbalizers: dict[str, str] | None = None
+    # Tokens that a window of a context shares with the next, at most half of a window: where an encoder
+    # answers questions about contexts longer than max_length.
+    overlap: int = within(0, 128)
     # Tokens a text that the model writes has at most.
     max_new_tokens: int = within(1, 32)
     # 0 writes the most likely token; above 0, one is drawn from the softmax of logits / temperature.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from pipeline.models import load_encoder, load_tokenizer
 from pipeline.objective import parse
 from pipeline.optimizer import LowRank, Seeded
 from pipeline.tasks.base import Batch
-from pipeline.tasks.spans import SpanData, SpanReader
+from pipeline.tasks.spans import LONGEST, SpanReader
+from pipeline.tasks.windows import WITHIN, SpanData, parts
 from tests.conftest import ADJECTIVES, OTHERS, sentences
 from tests.test_cli import pipeline
 from tests.test_engine import reference, searched
@@ -119,12 +121,14 @@ def rows() -> Dataset:
     )
 
 
-def reader(bert: Path, max_length: int = 24, answerable: bool = True) -> tuple[SpanReader, SpanData]:
+def reader(
+    bert: Path, max_length: int = 24, *, overlap: int = 128, learn: bool = True
+) -> tuple[SpanReader, SpanData]:
     encoder = load_encoder(str(bert))
     model = SpanReader(encoder, 32).eval()
     with torch.no_grad():
         model.span.weight.copy_(torch.randn(2, 32, generator=torch.Generator().manual_seed(0)))
-    data = SpanData(rows(), load_tokenizer(str(bert)), max_length, answerable=answerable)
+    data = SpanData(rows(), load_tokenizer(str(bert)), max_length, overlap, learn=learn)
     return model, data
 
 
@@ -162,16 +166,124 @@ def test_what_is_written_is_the_likeliest_span(bert: Path) -> None:
         assert text in context
 
 
-def test_an_answer_that_is_cut_off_is_not_learnt_and_not_found(bert: Path) -> None:
-    short = 8
-    _, learnt = reader(bert, short)
-    _, held_out = reader(bert, short, answerable=False)
-    assert len(learnt) < len(held_out) == 6
-    whole = held_out.batch(range(6))
-    assert whole.inputs["input_ids"].shape[1] <= short
-    assert int(whole.targets.max()) < short
+@pytest.mark.parametrize(
+    ("length", "room", "overlap", "windows"),
+    [
+        (5, 5, 3, [(0, 5)]),
+        (1, 5, 3, [(0, 1)]),
+        (10, 4, 0, [(0, 4), (4, 8), (8, 10)]),
+        (10, 4, 1, [(0, 4), (3, 7), (6, 10)]),
+        (10, 4, 99, [(0, 4), (2, 6), (4, 8), (6, 10)]),
+        (3, 1, 99, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_windows_cover_a_context_and_overlap(
+    length: int, room: int, overlap: int, windows: list[tuple[int, int]]
+) -> None:
+    assert parts(length, room, overlap) == windows
+
+
+@pytest.mark.parametrize("max_length", [9, 12, 24])
+def test_windows_are_those_of_the_tokenizer(max_length: int, bert: Path) -> None:
+    """transformers makes the same ones, with its stride as what they share."""
+    data, tokenizer = reader(bert, max_length, overlap=1, learn=False)[1], load_tokenizer(str(bert))
+    read = tokenizer(
+        list(rows()["question"]),
+        list(rows()["context"]),
+        truncation="only_second",
+        max_length=max_length,
+        stride=1,
+        return_overflowing_tokens=True,
+    )
+    ours = [window["input_ids"] for example in data._examples for window in example.windows]
+    assert ours == read["input_ids"]
+    assert len(ours) > 6 or max_length == 24
+
+
+def test_each_window_that_holds_the_answer_is_learnt_and_no_other(bert: Path) -> None:
+    tokenizer = load_tokenizer(str(bert))
+    _, learnt = reader(bert, 9)
+    _, held_out = reader(bert, 9, learn=False)
+    assert len(held_out) == 6
+    assert len(learnt) > 0
+    batch = learnt.batch(range(len(learnt)))
+    assert batch.asked
+    assert batch.inputs["input_ids"].shape[1] <= 9
+    assert batch.asked.references
+    for ids, (first, last), several in zip(
+        batch.inputs["input_ids"], batch.targets.view(-1, 2).tolist(), batch.asked.references, strict=True
+    ):
+        assert tokenizer.decode(ids[first : last + 1]) == several[0]
+    whole = []
+    for example in held_out._examples:
+        answer, start = (rows()[name][example.row][0] for name in ("answers", "starts"))
+        for window in example.windows:
+            inside = [i for i, within in enumerate(window[WITHIN]) if within]
+            low, high = window["first"][inside[0]], window["last"][inside[-1]]
+            if low <= start and start + len(answer) <= high:
+                whole.append((example.row, window["input_ids"]))
+    assert [(each.row, each.windows[0]["input_ids"]) for each in learnt._examples] == whole
+
+
+def test_an_answer_that_no_window_holds_is_not_learnt_and_not_found(bert: Path) -> None:
+    _, learnt = reader(bert, 7)  # room for one token after three of the longest questions
+    _, held_out = reader(bert, 7, learn=False)
+    assert {each.row for each in learnt._examples} < set(range(6))
+    lost = next(each for each in held_out._examples if each.row not in {e.row for e in learnt._examples})
+    assert lost.place[0] == len(lost.windows) - 1
     with pytest.raises(UserError, match="a question leaves no room for its context"):
         reader(bert, 4)
+
+
+def test_a_held_out_question_is_answered_from_all_its_windows(bert: Path) -> None:
+    """The best span by the logits of each window on its own, by hand."""
+    model, data = reader(bert, 9, learn=False)
+    seen = 0
+    for batch in data.by_length(8):
+        assert batch.asked
+        windows = len(batch.inputs["input_ids"]) // len(batch.asked.prompts)
+        seen = max(seen, windows)
+        with torch.inference_mode():
+            written, logits = model.write(batch), model(batch)
+            alone = _by_window(model, batch)
+        width = batch.inputs["input_ids"].shape[1]
+        assert logits.shape == (2 * len(written), windows * width)
+        for i, text in enumerate(written):
+            own = alone[i * windows : (i + 1) * windows]
+            torch.testing.assert_close(logits[2 * i : 2 * i + 2], torch.cat(list(own), -1))
+            best, answer = -float("inf"), ""
+            for window, (begins, ends) in enumerate(own):
+                row = i * windows + window
+                first, last = (batch.asked.inputs[name][row].tolist() for name in ("first", "last"))
+                for start in range(width):
+                    for end in range(start, min(start + LONGEST, width)):
+                        if begins[start] + ends[end] > best:
+                            best = float(begins[start] + ends[end])
+                            answer = batch.asked.prompts[i][first[start] : last[end]]
+            assert text == answer
+    assert seen > 1
+
+
+def _by_window(model: SpanReader, batch: Batch) -> torch.Tensor:
+    """Logits ``[windows, 2, tokens]``, each window read as an example of its own."""
+    assert batch.asked
+    count = len(batch.inputs["input_ids"])
+    apart = dataclasses.replace(batch.asked, prompts=("",) * count)
+    return model(dataclasses.replace(batch, asked=apart)).view(count, 2, -1)
+
+
+def test_targets_of_a_held_out_question_are_in_the_window_that_holds_them(bert: Path) -> None:
+    tokenizer = load_tokenizer(str(bert))
+    _, data = reader(bert, 9, learn=False)
+    later = 0
+    for batch in data.by_length(8):
+        assert batch.asked
+        ids = batch.inputs["input_ids"].view(len(batch.asked.prompts), -1)
+        for i, (first, last) in enumerate(batch.targets.view(-1, 2).tolist()):
+            later += first >= batch.inputs["input_ids"].shape[1]
+            assert batch.asked.references
+            assert tokenizer.decode(ids[i][first : last + 1]) == batch.asked.references[i][0]
+    assert later
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "token_f1"])
@@ -249,6 +361,23 @@ def test_a_span_head_learns_without_a_gradient(
     metrics = figures(tmp_path)
     assert metrics["test/token_f1"] > metrics["zero_shot/token_f1"] + 0.1
     assert metrics["test/exact_match"] <= metrics["test/token_f1"]
+    replayed = pipeline("replay", "mine", home=tmp_path)
+    assert "identical" in replayed.stdout, replayed.stderr
+
+
+def test_an_answer_past_the_first_window_is_learnt_and_found(bert: Path, tmp_path: Path) -> None:
+    """Every context is longer than a window, and its answer, an adjective, is its last word."""
+    rows = [
+        (" ".join([*["the", "plot", "it", "a"] * 4, text]), text.split()[-1]) for text in sentences(120)[0]
+    ]
+    squad = tmp_path / "long.jsonl"
+    lines = [json.dumps({"question": "it was", "context": text, "answers": word}) for text, word in rows]
+    squad.write_text("\n".join(lines) + "\n")
+    rate = ["-S", "finetune.epsilon=0.1", "-S", "finetune.learning_rate=0.3", "--no-baselines"]
+    given = arguments(bert, squad, *rate, "--forward-passes", "300", "-S", "finetune.max_length=15")
+    done = pipeline(*given, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert figures(tmp_path)["test/exact_match"] > 0.5
     replayed = pipeline("replay", "mine", home=tmp_path)
     assert "identical" in replayed.stdout, replayed.stderr
 

@@ -16,7 +16,8 @@ from pipeline.tasks.about import About
 from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled
 from pipeline.tasks.generation import Writing
-from pipeline.tasks.spans import HEAD_CONFIG, SpanData, SpanReader
+from pipeline.tasks.spans import HEAD_CONFIG, SpanReader
+from pipeline.tasks.windows import SpanData
 from pipeline.tasks.writing import check_room
 
 if TYPE_CHECKING:
@@ -55,12 +56,14 @@ class QuestionAnswering(Writing):
         model = SpanReader(encoder, encoder.config.hidden_size)
         model.eval().to(choose_device(config.device))
         data = {
-            split: SpanData(rows[split], tokenizer, options.max_length, answerable=split == "train")
+            split: SpanData(
+                rows[split], tokenizer, options.max_length, options.overlap, learn=split == "train"
+            )
             for split in rows
         }
         train = data["train"]
         if not len(train):
-            raise UserError("no answer of the training rows is within finetune.max_length tokens; raise it")
+            raise UserError("no answer of the training rows fits into finetune.max_length tokens; raise it")
 
         def batch(step: int) -> Batch:
             return train.batch(shuffled(len(train), options.batch_size, config.seed, step))

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.tasks.base import Asked, Batch, TaskModel
-from pipeline.tasks.batching import pad
+from pipeline.tasks.base import Batch, TaskModel
+from pipeline.tasks.windows import WITHIN, windows_in
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_FILE, HEAD_CONFIG = "spans.safetensors", "spans.json"
 LONGEST = 30  # tokens of an answer
 _NOWHERE = -1e4  # the logit of a token outside the context
-_WITHIN = "context_mask"  # beside what the encoder reads: which tokens are the context's
 
 
 class SpanReader(TaskModel):
@@ -39,11 +35,15 @@ class SpanReader(TaskModel):
         nn.init.zeros_(self.span.bias)
 
     def features(self, batch: Batch) -> Tensor:
-        """States, and behind them 0 for the context's tokens: float32 ``[examples, tokens, hidden + 1]``."""
+        """States, and behind them 0 for the context's tokens: float32 ``[examples, tokens, hidden + 1]``.
+
+        The windows of an example are one after another: its tokens are those of all of them.
+        """
         inputs = dict(batch.inputs)
-        outside = inputs.pop(_WITHIN) == 0
+        outside = inputs.pop(WITHIN) == 0
         states = self.encoder(**inputs).last_hidden_state.float()
-        return torch.cat((states, _NOWHERE * outside[..., None].float()), -1)
+        every = torch.cat((states, _NOWHERE * outside[..., None].float()), -1)
+        return every.view(-1, windows_in(batch) * every.shape[1], every.shape[2])
 
     def outputs(self, features: Tensor) -> Tensor:
         """Logits ``[2 · examples, tokens]``: of each example the beginning, then the end."""
@@ -51,13 +51,18 @@ class SpanReader(TaskModel):
         return logits.transpose(1, 2).flatten(0, 1)
 
     def write(self, batch: Batch) -> list[str]:
-        """The likeliest span of each example, of at most `LONGEST` tokens."""
+        """The likeliest span of each example, of at most `LONGEST` tokens and within one window."""
         assert batch.asked
-        begins, ends = self(batch).log_softmax(-1).view(len(batch.asked.prompts), 2, -1).unbind(1)
+        count, windows = len(batch.asked.prompts), windows_in(batch)
+        # an example's probabilities are over all its windows: their spans compare
+        logits = self(batch).log_softmax(-1).view(count, 2, windows, -1)
+        begins, ends = logits.transpose(1, 2).flatten(0, 1).unbind(1)
         joint = begins[:, :, None] + ends[:, None, :]
         allowed = torch.ones_like(joint[0], dtype=torch.bool).triu().tril(LONGEST - 1)
-        where = joint.masked_fill(~allowed, float("-inf")).flatten(1).argmax(-1)
-        rows = torch.arange(len(where), device=where.device)
+        spans = joint.masked_fill(~allowed, float("-inf")).flatten(1)
+        best = spans.amax(-1).view(count, windows).argmax(-1)
+        rows = torch.arange(count, device=best.device) * windows + best
+        where = spans[rows].argmax(-1)
         first = batch.asked.inputs["first"][rows, where // joint.shape[-1]].tolist()
         last = batch.asked.inputs["last"][rows, where % joint.shape[-1]].tolist()
         return [text[i:j] for text, i, j in zip(batch.asked.prompts, first, last, strict=True)]
@@ -86,80 +91,3 @@ class SpanReader(TaskModel):
         model = cls(encoder, encoder.config.hidden_size)
         model.span.load_state_dict(load_file(folder / HEAD_FILE))
         return model.eval()
-
-
-class SpanData:
-    """One split of questions, tokenized once. A context too long is cut at its end.
-
-    With ``answerable`` questions whose answer was cut off are left out; else the context's last token stands
-    for it, so that it counts as not found.
-    """
-
-    def __init__(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, answerable: bool
-    ) -> None:
-        try:
-            read = tokenizer(
-                list(rows["question"]),
-                list(rows["context"]),
-                truncation="only_second",
-                max_length=max_length,
-                return_offsets_mapping=True,
-            )
-        except Exception as error:  # of the tokenizers' own kind
-            raise UserError(
-                f"finetune.max_length is {max_length}: a question leaves no room for its context; raise it "
-                f"({' '.join(str(error).split())})"
-            ) from error
-        self._pad = tokenizer.pad_token_id
-        self._names = [name for name in ("token_type_ids",) if name in read]
-        self._read = read
-        self._within = [[int(part == 1) for part in read.sequence_ids(i)] for i in range(len(rows))]
-        self._contexts, self._answers = list(rows["context"]), list(rows["answers"])
-        found = [self._place(i, rows["starts"][i][0]) for i in range(len(rows))]
-        self._places = [self._last(i) if place is None else place for i, place in enumerate(found)]
-        self._rows = [i for i, place in enumerate(found) if place is not None or not answerable]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The batch of those rows."""
-        rows = [self._rows[i] for i in rows]
-        inputs = pad([self._read["input_ids"][i] for i in rows], self._pad)
-        for name in self._names:
-            inputs[name] = pad([self._read[name][i] for i in rows], 0)["input_ids"]
-        inputs[_WITHIN] = pad([self._within[i] for i in rows], 0)["input_ids"]
-        offsets = [self._read["offset_mapping"][i] for i in rows]
-        asked = Asked(
-            {
-                "first": pad([[i for i, _ in each] for each in offsets], 0)["input_ids"],
-                "last": pad([[j for _, j in each] for each in offsets], 0)["input_ids"],
-            },
-            tuple(self._contexts[i] for i in rows),
-            tuple(tuple(self._answers[i]) for i in rows),
-            (2,) * len(rows),
-            0,
-        )
-        return Batch(inputs, torch.tensor([place for i in rows for place in self._places[i]]), asked=asked)
-
-    def by_length(self, batch_size: int) -> list[Batch]:
-        """Every row once, rows of like length together."""
-        order = sorted(range(len(self)), key=lambda i: len(self._read["input_ids"][self._rows[i]]))
-        return [self.batch(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
-
-    def _place(self, row: int, start: int) -> tuple[int, int] | None:
-        """The first answer's first and last token; None where it was cut off."""
-        end = start + len(self._answers[row][0])
-        offsets: list[Any] = self._read["offset_mapping"][row]
-        tokens = [
-            i
-            for i, (first, last) in enumerate(offsets)
-            if self._within[row][i] and first < end and last > start
-        ]
-        whole = tokens and offsets[tokens[-1]][1] >= end and offsets[tokens[0]][0] <= start
-        return (tokens[0], tokens[-1]) if whole else None
-
-    def _last(self, row: int) -> tuple[int, int]:
-        last = max(i for i, within in enumerate(self._within[row]) if within)
-        return last, last
