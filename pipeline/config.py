@@ -208,7 +208,8 @@ class Config:
     seed: int = within(0, 0, 2**31 - 1)
     # auto, cpu, cuda, cuda:1, mps.
     device: str = "auto"
-    # The weights' precision: float32, bfloat16, float16, or auto, the model's own. A task's head is float32.
+    # The weights' precision: float32, bfloat16, float16, or auto, the model's own; or int8 or int4, in which
+    # the linear layers below the head are held and stay as they are. A task's head is float32.
     dtype: str = "float32"
     # The model to start from: package:NAME, a local directory, a GGUF file, a LoRA adapter's directory, or a
     # hub id.

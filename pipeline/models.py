@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pipeline import prompt
+from pipeline import prompt, quantized
 from pipeline.data.packages import PREFIX, model_path, package
 from pipeline.errors import UserError, unknown
 
@@ -25,6 +25,8 @@ DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    # loaded as they are saved, and quantized a layer at a time: float32 would be held whole
+    **dict.fromkeys(quantized.FORMATS, "auto"),
 }
 
 
@@ -45,7 +47,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str) -> torch.dtype | str:
-    """The dtype of that name; ``auto``, which is the checkpoint's own, as it is.
+    """The dtype to load with: of that name, or ``auto``, the checkpoint's own.
 
     Raises:
         UserError: no such dtype.
@@ -138,6 +140,13 @@ def load_encoder(location: str, dtype: str = "float32") -> PreTrainedModel:
             location, use_safetensors=True, dtype=choose_dtype(dtype), **options
         )
         prompt.load_prompt(model, Path(location))
+    return _held(model, dtype)
+
+
+def _held(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The loaded model in eval mode, quantized if ``dtype`` says so."""
+    if dtype in quantized.FORMATS:
+        quantized.quantize(model, dtype)
     model.eval()
     return model
 
@@ -199,8 +208,7 @@ def _language_model(location: str, task: str, seed: int, dtype: str) -> tuple[Pr
             location, use_safetensors=True, dtype=choose_dtype(dtype), output_loading_info=True
         )
         prompt.load_prompt(model.base_model, Path(location))
-    model.eval()
-    return model, bool(info["missing_keys"])
+    return _held(model, dtype), bool(info["missing_keys"])
 
 
 def has_language_head(location: str) -> bool:
@@ -283,10 +291,14 @@ def is_conv(encoder: nn.Module) -> bool:
     return any(isinstance(module, Conv1D) for module in encoder.modules())
 
 
-def merge_lora(encoder: nn.Module) -> None:
-    """Adds the factors' product to the weights and takes the factors off, in place."""
+def make_plain(encoder: nn.Module) -> None:
+    """Leaves weights as any tool reads them, in place.
+
+    Quantized ones are in float32 again; the product of LoRA's factors is added to theirs, and the factors go.
+    """
     from peft.tuners.lora import LoraLayer
 
+    quantized.dequantize(encoder)
     for name, module in list(encoder.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge()

@@ -12,7 +12,7 @@ from pipeline import phases, prompt, start
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout, partial
-from pipeline.models import choose_device, merge_lora
+from pipeline.models import choose_device, make_plain
 from pipeline.space import Space
 from pipeline.tasks.base import Start
 from pipeline.tasks.classification import START_FILE
@@ -105,8 +105,7 @@ def _replayed(
 ) -> Replayed:
     begin, space = begun
     digest = trajectory.replay(space)
-    if space.kind == "lora":
-        merge_lora(begin.model.encoder)
+    make_plain(begin.model.encoder)
     begin.model.save(rebuilt, begin.tokenizer)
     whole = trajectory.end is not None
     if whole:

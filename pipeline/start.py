@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline import objective, user_code
+from pipeline import objective, quantized, user_code
 from pipeline import space as spaces
 from pipeline.config import YARDSTICK, Config, FinetuneConfig, TrainConfig
 from pipeline.data.prepare import LABELS, PROMPTS, data_of
@@ -72,9 +72,11 @@ def training(options: TrainConfig, config: Config, patience: int = 0) -> Trainin
     """A section of the configuration as the trainer takes it.
 
     Raises:
-        UserError: a spec that does not parse, or an objective that does not suit the task.
+        UserError: a spec that does not parse, or an objective or a space that does not suit task and dtype.
     """
     stage = "finetune" if isinstance(options, FinetuneConfig) else "pretrain"
+    where = spaces.parse(options.space)
+    spaces.check_held(where, config.dtype in quantized.FORMATS)
     chosen = objective.parse(options.objective, lambda folder: task(config, stage).load(folder))
     _check_objective(config, options, chosen)
     offered: dict[str, Any] = {
@@ -84,7 +86,7 @@ def training(options: TrainConfig, config: Config, patience: int = 0) -> Trainin
     }
     return Training(
         optimizer=Spec.parse(options.optimizer),
-        space=spaces.parse(options.space),
+        space=where,
         forward_passes=options.forward_passes,
         evaluate_every=options.evaluate_every,
         run_seed=config.seed,

@@ -7,6 +7,7 @@ from pipeline.config import Config, with_yardstick
 from pipeline.engine import shared
 from pipeline.evaluation import measured, tested
 from pipeline.models import choose_device
+from pipeline.quantized import FORMATS
 from pipeline.report import table, verdict, write_report
 from pipeline.stage import Context, read_metrics, script, write_metrics, write_predictions
 from pipeline.tasks.base import Start
@@ -49,13 +50,26 @@ def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
     write_metrics(layout.metrics, {**metrics, **_flat(rows)})  # whatever becomes of the yardsticks
     if config.evaluate.baselines:
         rows |= task.yardsticks(begin)
-        if config.evaluate.adamw and len(begin.test[0].targets):  # without a target there is no gradient
-            rows["adamw"] = _adamw(context, config, begin)
+        if config.evaluate.adamw:
+            why = _no_adamw(config, begin)
+            if why:
+                context.say(f"evaluate: AdamW is left out: {why}")
+            else:
+                rows["adamw"] = _adamw(context, config, begin)
     return {**metrics, **_flat(rows)}
 
 
 def _flat(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     return {f"{row}/{key}": value for row, figures in rows.items() for key, value in figures.items()}
+
+
+def _no_adamw(config: Config, begin: Start) -> str:
+    """Why the yardstick by backpropagation is not made; empty where it is."""
+    if not len(begin.test[0].targets):
+        return "without targets there is no gradient"
+    if config.dtype in FORMATS:
+        return f"it moves every weight, and dtype={config.dtype} holds them as they are"
+    return ""
 
 
 def _adamw(context: Context, config: Config, begin: Start) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline import phases, start
 from pipeline.evaluation import features, measured
-from pipeline.models import merge_lora
+from pipeline.models import make_plain
 from pipeline.peak_memory import PeakMemory
 from pipeline.phase_figures import together
 from pipeline.phases import Phase
@@ -82,7 +82,7 @@ def _phase(context: Context, phase: Phase, root: Path, folder: Path, made: int) 
     if training.space.backend == "lora":
         base, rank = phase.before(layout.finetuned) or layout.pretrained, training.space.options["rank"]
         begin.model.save_adapter(folder / "adapter", str(base.resolve()), rank)
-        merge_lora(begin.model.encoder)
+    make_plain(begin.model.encoder)
     begin.model.save(folder, begin.tokenizer)
     return {
         **{f"validation/{key}": value for key, value in result.kept.items()},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline import start
 from pipeline.evaluation import measure
-from pipeline.models import merge_lora, pass_through
+from pipeline.models import make_plain, pass_through
 from pipeline.stage import Context, fresh_folder, script, write_metrics
 from pipeline.tasks.base import Start
 from pipeline.tasks.language_modelling import target_size
@@ -58,7 +58,7 @@ def _pretrain(context: Context, folder: Path) -> dict[str, float]:
     context.write_curve("pretrain", result.curve)
     if training.space.backend == "lora":
         begin.model.save_adapter(folder / "adapter", config.model, training.space.options["rank"])
-        merge_lora(begin.model.encoder)
+    make_plain(begin.model.encoder)
     begin.model.save(folder, begin.tokenizer)
     last = result.curve[-1][1]
     return {

@@ -155,7 +155,7 @@ def test_a_candidate_scores_as_the_language_model_it_is(
 
 
 def _written(model: PromptedClassifier, space: Space, candidate: Candidate) -> PromptedClassifier:
-    from pipeline.models import merge_lora
+    from pipeline.models import make_plain
 
     written = copy.deepcopy(model)
     parameters = dict(written.named_parameters())
@@ -163,7 +163,7 @@ def _written(model: PromptedClassifier, space: Space, candidate: Candidate) -> P
         for tensor in space.tensors:
             parameters[tensor.name].copy_(space.value(tensor, candidate))
     if space.kind == "lora":
-        merge_lora(written.encoder)
+        make_plain(written.encoder)
     return written
 
 

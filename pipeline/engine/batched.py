@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.engine.matmul import linear, linear_plus
-from pipeline.engine.modules import Arguments, Owned, normalises, read_by_children, swapped, weight_of
+from pipeline.engine.modules import (
+    Arguments,
+    Owned,
+    normalises,
+    read_by_children,
+    read_of,
+    swapped,
+    weight_of,
+)
 from pipeline.optimizer import Candidate, Seeded
 from pipeline.space import Searched, Space
 from pipeline.space.factors import Factors
@@ -75,14 +83,14 @@ class ManyPoints:
         if self._running:
             return self._running.product(module, owned, inputs)
         lanes = self._split(inputs).flatten(1, -2)
-        parameters: dict[str, Any] = module._parameters
-        bias = parameters["bias"]
+        read = read_of(module)
+        bias = read["bias"]
         if "bias" in owned:
             bias = self._source.stacked(owned["bias"])[:, None]
         if "weight" in owned:
             product = self._source.product(owned["weight"], module, lanes, bias)
         else:
-            product = linear(lanes, weight_of(module, parameters["weight"]), None).add_(bias)
+            product = linear(lanes, weight_of(module, read["weight"]), None).add_(bias)
         return product.view(*inputs.shape[:-1], product.shape[-1])
 
     def rows(self, module: nn.Module, searched: Searched, ids: Tensor) -> Tensor:

@@ -53,6 +53,12 @@ def normalises(module: nn.Module) -> bool:
     return plain and len(cast(nn.LayerNorm, module).normalized_shape) == 1
 
 
+def read_of(module: nn.Module) -> dict[str, Any]:
+    """What a linear layer reads: its weight, computed if it is quantized, and its bias."""
+    given: Any = module
+    return {"weight": given.weight, "bias": given.bias}
+
+
 def weight_of(module: nn.Module, weight: Tensor) -> Tensor:
     """A linear layer's weight as ``[out, in]``; a `Conv1D` keeps it the other way."""
     return weight.T if isinstance(module, Conv1D) else weight
@@ -138,8 +144,8 @@ class SearchedModules:
             point = self._point if owned else None
             if point is None:
                 if product:
-                    parameters: dict[str, Any] = module._parameters
-                    return linear(args[0], weight_of(module, parameters["weight"]), parameters["bias"])
+                    read = read_of(module)
+                    return linear(args[0], weight_of(module, read["weight"]), read["bias"])
                 return plain(module, *args, **kwargs)
             if not self._checked:
                 self._unread.difference_update(searched.name for searched in owned.values())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.engine.matmul import linear
-from pipeline.engine.modules import Arguments, Owned, swapped, weight_of
+from pipeline.engine.modules import Arguments, Owned, read_of, swapped, weight_of
 from pipeline.optimizer import Candidate, Seeded
 from pipeline.space import Group, Searched, Space
 
@@ -44,7 +44,7 @@ class OnePoint:
         self._memory = torch.empty(0)
 
     def product(self, module: nn.Module, owned: Owned, inputs: Tensor) -> Tensor:
-        read: dict[str, Any] = {**module._parameters, **self._values(owned)}
+        read = {**read_of(module), **self._values(owned)}
         return linear(inputs, weight_of(module, read["weight"]), read["bias"])
 
     def rows(self, module: nn.Module, searched: Searched, ids: Tensor) -> Tensor:

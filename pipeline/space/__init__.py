@@ -15,9 +15,9 @@ pace without shaking what is already trained under it (discriminative rates: How
 ``prompt`` a coordinate moves its elements by s standard deviations of the words' embeddings, in either form.
 """
 
-from pipeline.space.kinds import build, parse, prepare_model
+from pipeline.space.kinds import build, check_held, parse, prepare_model
 from pipeline.space.memory import Group, Searched
 from pipeline.space.projection import Projection
 from pipeline.space.searched import Space
 
-__all__ = ["Group", "Projection", "Searched", "Space", "build", "parse", "prepare_model"]
+__all__ = ["Group", "Projection", "Searched", "Space", "build", "check_held", "parse", "prepare_model"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from pipeline import quantized
 from pipeline.errors import UserError, nearest, unknown
 from pipeline.prompt import NAME, embedding_scale
 from pipeline.registry import Spec
@@ -23,6 +24,7 @@ OPTIONS: dict[str, dict[str, int | float]] = {
     "projection": {"dimension": 1000},
     "prompt": {"tokens": 10, "dimension": 500, "encoder_scale": 1.0},
 }
+_EVERY_WEIGHT = ("full", "projection")
 _MAY_BE_ZERO = {("prompt", "dimension")}  # the prompt's elements themselves
 
 
@@ -57,12 +59,22 @@ def _option(space: str, key: str, value: Any, wanted: type) -> int | float:
     return int(value) if wanted is int else float(value)
 
 
+def check_held(spec: Spec, coded: bool) -> None:
+    """Raises UserError for a space that moves every weight, where those of linear layers are quantized."""
+    if coded and spec.backend in _EVERY_WEIGHT:
+        raise UserError(
+            f"the space '{spec.backend}' moves every weight, and int8 and int4 hold them as they are: "
+            "choose the space lora, biases, prompt or head, or set dtype=float32"
+        )
+
+
 def build(spec: Spec, model: TaskModel, seed: int) -> Space:
     """The space a spec names, over a model that `prepare_model` has seen.
 
     Raises:
-        UserError: the model has no such parameters.
+        UserError: the model has no such parameters, or holds them quantized.
     """
+    check_held(spec, any(quantized.quantized(model)))
     if spec.backend == "projection":
         return Projection("projection", _searched(model, "full", 1.0), spec.options["dimension"], seed)
     if spec.backend == "prompt":
