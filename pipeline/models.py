@@ -115,6 +115,13 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def reads_text(location: str) -> bool:
+    """Whether models of its kind have a tokenizer."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    return load_config(location).model_type in TOKENIZER_MAPPING_NAMES
+
+
 def load_config(location: str) -> Any:
     """The model's configuration."""
     from transformers import AutoConfig
@@ -159,10 +166,11 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def pass_through(reference: str, folder: Path) -> None:
-    """Saves a model and its tokenizer as they come."""
+    """Saves a model, and its tokenizer if it has one, as they come, a trained language-modelling head too."""
     location = locate(reference)
     save_model(load_as_trained(location), folder)
-    load_tokenizer(location).save_pretrained(str(folder))
+    if reads_text(location):
+        load_tokenizer(location).save_pretrained(str(folder))
 
 
 def load_as_trained(location: str) -> PreTrainedModel:
@@ -201,11 +209,25 @@ def _language_model(location: str, task: str, seed: int, dtype: str) -> tuple[Pr
     auto: Any = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}[
         task
     ]
+    return load_with_head(auto, location, seed, dtype)
+
+
+def load_with_head(
+    auto: Any, location: str, seed: int, dtype: str = "float32", **options: Any
+) -> tuple[PreTrainedModel, bool]:
+    """A model of one of transformers' ``AutoModelFor…`` in eval mode, and whether a part of it was drawn.
+
+    What the checkpoint lacks is drawn from ``seed``; ``options`` change its configuration, such as
+    ``num_labels``. A prompt beside it is loaded too.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
     model: PreTrainedModel
     with loading(location), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = auto.from_pretrained(
-            location, use_safetensors=True, dtype=choose_dtype(dtype), output_loading_info=True
+            location, use_safetensors=True, dtype=choose_dtype(dtype), output_loading_info=True, **options
         )
         prompt.load_prompt(model.base_model, Path(location))
     return _held(model, dtype), bool(info["missing_keys"])

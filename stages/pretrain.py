@@ -74,8 +74,10 @@ def _pretrain(context: Context, folder: Path) -> dict[str, float]:
 
 def _bits_per_byte(begin: Start, task: str, loss: float) -> dict[str, float]:
     """What does not hang on the tokenizer, for models that predict every token."""
+    if task != "clm" or begin.tokenizer is None:
+        return {}
     tokens, size = target_size(begin.validation, begin.tokenizer)
-    if task != "clm" or not size:
+    if not size:
         return {}
     return {"pretrain/bits_per_byte": loss * tokens / size / math.log(2)}
 

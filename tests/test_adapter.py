@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline import adapter
 from pipeline.errors import UserError
-from pipeline.models import check, load_language_model, load_tokenizer, locate, merge_lora
+from pipeline.models import check, load_language_model, load_tokenizer, locate, make_plain
 from pipeline.tasks.classification import TextClassifier
 from tests.test_cli import pipeline, small
 from tests.test_engine import searched
@@ -50,7 +50,7 @@ def trained(folder: Path, words: list[str], out: Path) -> None:
     space = searched("lora,rank=2", model)
     space.place(0.3 * torch.randn(space.size, generator=torch.Generator().manual_seed(0)))
     model.save_adapter(out / "adapter", str(out / "base"), 2)
-    merge_lora(model.encoder)
+    make_plain(model.encoder)
     model.save(out / "merged", tokenizer)
 
 

@@ -131,9 +131,9 @@ def test_a_candidate_scores_as_the_language_model_it_is(
             for tensor in space.tensors:
                 parameters[tensor.name].copy_(space.value(tensor, candidate))
         if space.kind == "lora":
-            from pipeline.models import merge_lora
+            from pipeline.models import make_plain
 
-            merge_lora(written.encoder)
+            make_plain(written.encoder)
         written.save(folder, load_tokenizer(str(folder_of[family])))
         scores = plainly(folder, batch, model)
         assert loss == pytest.approx(float(cross_entropy(scores, batch.targets)), rel=5e-5)

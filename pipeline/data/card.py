@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data.sources import Rows
 from pipeline.data.splits import CorpusSplits, TaskSplits, content_hash
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 200
@@ -38,6 +42,27 @@ def card(
         "corpus": corpus_card,
         "notes": notes,
     }
+
+
+def own(kind: str, rows: DatasetDict) -> dict[str, Any]:
+    """The card of rows that a task gives itself; their description is that of the training split."""
+    splits = {name: {"rows": len(split), "sha256": _content(split)} for name, split in rows.items()}
+    about = {"kind": kind, "columns": rows["train"].column_names, "splits": splits}
+    return {
+        "hash": content_hash([f"{name}/{split['sha256']}" for name, split in splits.items()]),
+        "sources": [],
+        "task": {**about, "description": rows["train"].info.description},
+        "corpus": None,
+        "notes": [],
+    }
+
+
+def _content(rows: Dataset) -> str:
+    """Of every cell, as it is stored."""
+    said = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(1000):
+        said.update(repr(table.to_pylist()).encode())
+    return said.hexdigest()
 
 
 def _source(role: str, rows: Rows) -> dict[str, Any]:
@@ -113,7 +138,7 @@ def markdown(card: dict[str, Any]) -> str:
     for source in card["sources"]:
         lines += _source_lines(source)
     if card["task"]:
-        lines += _task_lines(card["task"])
+        lines += _own_lines(card["task"]) if "columns" in card["task"] else _task_lines(card["task"])
     if card["corpus"]:
         lines += _corpus_lines(card["corpus"])
     return "\n".join(lines).rstrip() + "\n"
@@ -146,6 +171,14 @@ def _task_lines(task: dict[str, Any]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _own_lines(task: dict[str, Any]) -> list[str]:
+    lines = [f"## Task: {_escaped(task['kind'])}", ""]
+    lines += [_escaped(task["description"]), ""] if task["description"] else []
+    lines += [_table_line(["split", "rows"]), _table_line(["---", "---"])]
+    lines += [_table_line([name, f"{about['rows']:,}"]) for name, about in task["splits"].items()]
+    return [*lines, "", f"- columns: {', '.join(map(_escaped, task['columns']))}", ""]
 
 
 def _corpus_lines(corpus: dict[str, Any]) -> list[str]:

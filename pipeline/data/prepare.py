@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,10 @@ LABELS = "labels"  # texts and their classes
 PAIRS = "pairs"  # texts and the texts they become
 QUESTIONS = "questions"  # about a context, with answers that are spans of it
 PROMPTS = "prompts"  # texts to go on from, and perhaps how
+OWN = "own"  # no texts: rows that the task gives
 
 _Read = list[tuple[str, Rows]]
+_Save = Callable[[Path], None]
 
 
 def prepare(config: Config, layout: Layout) -> dict[str, Any]:
@@ -62,6 +65,8 @@ def prepare(config: Config, layout: Layout) -> dict[str, Any]:
     check_sources(config)
     read_so_far: _Read = []
     data = "" if wanted.task == "none" else data_of(wanted.task)
+    if data == OWN:
+        return _prepare_own(config, layout)
     task = _task(wanted, data, read_so_far) if data else None
     corpus = _corpus(wanted, task, read_so_far)
     if task and wanted.shots is not None:  # the corpus needs no labels: it has all training texts
@@ -69,18 +74,41 @@ def prepare(config: Config, layout: Layout) -> dict[str, Any]:
     if task is None and corpus is None:
         raise UserError("nothing to prepare: prepare.task is none and prepare.corpus is empty")
     card = cards.card(read_so_far, task, corpus, wanted.task if data != LABELS else "classification")
-    _replace(layout.prepared, task, data, corpus, card)
+    parts: dict[str, _Save] = {}
+    if task:
+        save = {LABELS: _save_task, QUESTIONS: _save_questions}.get(data, _save_texts)
+        parts["task"] = partial(save, task)
+    if corpus:
+        parts["corpus"] = partial(_save_corpus, corpus)
+    _replace(layout.prepared, parts, card)
+    return card
+
+
+def _prepare_own(config: Config, layout: Layout) -> dict[str, Any]:
+    """Saves the rows that the task gives, as it gives them.
+
+    Raises:
+        UserError: there is a corpus too, or a split is missing.
+    """
+    name = config.prepare.task
+    if config.prepare.corpus:
+        raise UserError(f"the rows of {name} are no text to pretrain on: set prepare.corpus=[]")
+    rows: DatasetDict = load_plugin("task", name)().rows(config)
+    if set(rows) != {"train", "validation", "test"}:
+        raise UserError(f"the task {name} gives {', '.join(rows)}; it must give train, validation and test")
+    card = cards.own(name, rows)
+    _replace(layout.prepared, {"task": lambda folder: rows.save_to_disk(str(folder))}, card)
     return card
 
 
 def data_of(task: str) -> str:
-    """What rows a task reads: `LABELS`, `PAIRS`, `PROMPTS` or `QUESTIONS`; its class's attribute ``data``.
+    """What rows a task reads, the attribute ``data`` of its class: `LABELS`, `PAIRS`, `PROMPTS` and so on.
 
     Raises:
         UserError: no such task, or one that reads something else.
     """
     kind = getattr(load_plugin("task", task), "data", LABELS)
-    known = (LABELS, PAIRS, PROMPTS, QUESTIONS)
+    known = (LABELS, PAIRS, PROMPTS, QUESTIONS, OWN)
     if kind not in known:
         raise unknown("data of a task", str(kind), known)
     return str(kind)
@@ -106,7 +134,7 @@ def load_task(layout: Layout) -> DatasetDict:
     """The prepared task: train, validation, test; ``text`` string, ``label`` ClassLabel or ``target`` string.
 
     Prompts that come without a target have no such column. Questions have ``question``, ``context``,
-    ``answers`` and ``starts``.
+    ``answers`` and ``starts``. Rows of a task's own have the columns it gave them.
 
     Raises:
         UserError: prepare has not run, or it ran with task none.
@@ -186,20 +214,15 @@ def _unlabelled(source: str, wanted: PrepareConfig) -> Rows:
     return select(table, text=named, label=wanted.label, labelled=False)
 
 
-def _replace(
-    folder: Path, task: TaskSplits | None, data: str, corpus: CorpusSplits | None, card: dict[str, Any]
-) -> None:
+def _replace(folder: Path, parts: dict[str, _Save], card: dict[str, Any]) -> None:
     """Builds the whole folder beside ``folder``, then swaps the two by renames."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prepare-") as scratch:
         built = Path(scratch) / "built"
         built.mkdir()
         with _no_progress_bars():
-            if task:
-                save = {LABELS: _save_task, QUESTIONS: _save_questions}.get(data, _save_texts)
-                save(task, built / "task")
-            if corpus:
-                _save_corpus(corpus, built / "corpus")
+            for name, save in parts.items():
+                save(built / name)
         text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
         (built / "card.json").write_text(text, encoding="utf-8")
         (built / "card.md").write_text(cards.markdown(card), encoding="utf-8")

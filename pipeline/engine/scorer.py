@@ -101,14 +101,15 @@ class Scorer:
 
     def _together(self, batch: Batch, features: Tensor | None, candidates: Sequence[Candidate]) -> Tensor:
         lanes = len(candidates)
-        ids = None if features is not None else self._model.read_shape(batch)
+        ids = None
         sizes = {len(batch.targets)}
-        if ids is not None:
-            sizes |= {ids[0], ids.numel()}
-            ids = torch.Size((lanes * ids[0], *ids[1:]))
+        if features is None:
+            if "input_ids" in batch.inputs:
+                ids = self._model.read_shape(batch)
+                sizes |= {ids[0], ids.numel()}
+                ids = torch.Size((lanes * ids[0], *ids[1:]))
             batch = repeated(batch, lanes) if lanes > 1 else batch
         else:
-            assert features is not None
             sizes.add(len(features))
             features = features.repeat(lanes, *[1] * (features.dim() - 1))
         point = ManyPoints(self._source(candidates), lanes, sizes, ids)
@@ -156,7 +157,8 @@ class Scorer:
             most = min(most, _STACKED // self._space.elements)
         if features is not None:
             return max(1, min(most, _STACKED // features.numel()))
-        if "decoder_input_ids" in batch.inputs:  # rows of two lengths do not show whose a module's input is
+        # of rows of two lengths, or of no tokens, a module's input does not show whose it is
+        if "decoder_input_ids" in batch.inputs or "input_ids" not in batch.inputs:
             return 1
         examples, length = self._model.read_shape(batch)
         tokens = self._prompt + length

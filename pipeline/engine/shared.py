@@ -120,7 +120,7 @@ def content(batch: Batch, rows: Sequence[int]) -> str:
     """A digest of what the model reads of ``rows``: their inputs, without the padding the batch asked for."""
     said = hashlib.sha256()
     for row in rows:
-        mask = batch.inputs["attention_mask"][row].bool()
+        mask = batch.inputs["attention_mask"][row].bool() if "attention_mask" in batch.inputs else ...
         for name, tensor in sorted(batch.inputs.items()):
             said.update(name.encode() + tensor[row][mask].cpu().numpy().tobytes())
     return said.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ class Asked:
 class Batch:
     """Model inputs and what they should give.
 
-    ``inputs`` maps the model's argument names to tensors ``[examples, tokens]``. ``targets`` is int64
+    ``inputs`` maps the model's argument names to tensors ``[examples, …]``: of texts, ``input_ids`` is
+    ``[examples, tokens]`` and an ``attention_mask`` says which are none. ``targets`` is int64
     ``[outputs]``. ``positions`` are the flat token positions that have a target, int64 ``[outputs]``, or None
     where each example has one. ``examples`` are row numbers in the data set, or None where the inputs change
     each time they are drawn and nothing computed from them can be kept. ``asked`` is set where the model is
@@ -117,8 +118,8 @@ class TaskModel(nn.Module):
         encoder = {id(parameter) for parameter in self.encoder.parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in encoder]
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes what `Task.load` and the tools of the ecosystem read."""
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """Writes what `Task.load` and the tools of the ecosystem read; ``tokenizer`` is that of `Start`."""
         raise NotImplementedError
 
     def add_lora(self, rank: int, seed: int) -> None:
@@ -173,11 +174,11 @@ class Start:
 
     ``batch`` gives the batches to train on; ``train``, ``validation`` and ``test`` every example once, the
     first and last empty where nothing is measured on them. ``examiner`` measures; without one, the figures of
-    `pipeline.predictions` are taken over the targets.
+    `pipeline.predictions` are taken over the targets. ``tokenizer`` is None where no text is read.
     """
 
     model: TaskModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     batch: BatchSource
     validation: list[Batch]
     train: list[Batch] = field(default_factory=list)
@@ -190,7 +191,8 @@ class Task(Protocol):
     """A kind of task, behind the entry-point group ``pipeline.tasks``: a class, called without arguments.
 
     ``reads`` is what of the prepared data it starts from: ``task``, labelled text, for the finetune stage;
-    ``corpus``, unlabelled text, for pretraining.
+    ``corpus``, unlabelled text, for pretraining. A class with ``data = "own"`` has rows of another kind, and
+    a method that gives them: ``rows(config) -> DatasetDict`` of train, validation and test.
     """
 
     reads: ClassVar[str]

@@ -69,8 +69,9 @@ def _opening(start: Start) -> int:
 
 def _demonstrations(start: Start, model: CompletingClassifier, opening: int) -> tuple[list[int], int]:
     """Their ids in a row, and how many they are."""
-    between = start.tokenizer(_BETWEEN, add_special_tokens=False)["input_ids"]
-    room = getattr(model.model.config, "max_position_embeddings", None) or start.tokenizer.model_max_length
+    tokenizer: Any = start.tokenizer
+    between = tokenizer(_BETWEEN, add_special_tokens=False)["input_ids"]
+    room = getattr(model.model.config, "max_position_embeddings", None) or tokenizer.model_max_length
     room -= max(model.read_shape(batch)[1] for batch in start.test)
     ids: list[int] = []
     count = 0
