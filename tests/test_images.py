@@ -51,7 +51,8 @@ def test_images_go_the_way_that_texts_go(whole: Path, home: Path) -> None:
     for row in ("test", "majority", "zero_shot", "linear_probe", "adamw"):
         assert 0.0 <= metrics[f"{row}/accuracy"] <= 1.0
     assert metrics["forward_passes"] == 64
-    assert metrics["linear_probe/accuracy"] > 0.5  # the images are there, and their labels fit
+    # the images are there, and their labels fit
+    assert metrics["linear_probe/accuracy"] > metrics["majority/accuracy"] + 0.1
     assert metrics["majority/accuracy"] < 0.2
     card = json.loads((whole / "data" / "prepared" / "card.json").read_text())
     assert {name: split["rows"] for name, split in card["task"]["splits"].items()} == {
