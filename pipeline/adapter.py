@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from pipeline import models
@@ -134,33 +132,24 @@ def _merge(folder: Path, base: str, out: Path) -> None:
     with models.loading(str(folder)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whether the two fit is asked above
         config = LoraConfig.from_pretrained(str(folder))
-        config.task_type = None  # which would have PEFT look for a head
-        config.modules_to_save = _kept(root, config.modules_to_save or [], folder)
+        config.task_type = config.modules_to_save = None  # copies of modules would lose their ties
         PeftModel.from_pretrained(root, str(folder), config=config, torch_device="cpu").merge_and_unload()
-    _tie_again(model)
+        _take_over(root, folder)
     models.save_model(model, out)
     own = (folder / "tokenizer_config.json").is_file()
     models.load_tokenizer(str(folder) if own else base).save_pretrained(str(out))
 
 
-def _tie_again(model: Any) -> None:
-    """A tied output layer that the adapter had a copy of, beside what was trained, is the embedding again.
+def _take_over(root: nn.Module, folder: Path) -> None:
+    """Writes what was trained beside the factors into ``root``; a classifier's head may have no place."""
+    from safetensors.torch import load_file
 
-    Saved as two, the model would be loaded without any of its ties, the bias of BERT's head among them.
-    """
-    said, read = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    if tied and said is not None and torch.equal(said.weight, read.weight):
-        said.weight = read.weight
-
-
-def _kept(root: nn.Module, names: Sequence[str], folder: Path) -> list[str] | None:
-    """The modules beside the factors that there is a place for: a classifier's head may have none."""
-    modules = [name for name, _ in root.named_modules()]
-    kept = [name for name in names if any(each == name or each.endswith(f".{name}") for each in modules)]
-    if left_out := [name for name in names if name not in kept]:
-        print(f"{folder}: left out what its base has not: {', '.join(left_out)}", file=sys.stderr)
-    return kept or None
+    given = {key.removeprefix(_PREFIX): value for key, value in load_file(folder / WEIGHTS).items()}
+    known = root.state_dict().keys()
+    root.load_state_dict({key: value for key, value in given.items() if key in known}, strict=False)
+    left_out = {key.rpartition(".")[0] for key in given if key not in known and ".lora_" not in key}
+    if left_out:
+        print(f"{folder}: left out what its base has not: {', '.join(sorted(left_out))}", file=sys.stderr)
 
 
 def _adapted(model: PreTrainedModel, folder: Path, base: str) -> nn.Module:
