@@ -22,7 +22,7 @@ from pipeline.noise import derive
 from pipeline.prompt import stored_tokens
 from pipeline.space import parse
 from pipeline.tasks.about import About
-from pipeline.tasks.answered import load as load_with_head
+from pipeline.tasks.answered import load as load_headed
 from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled
 from pipeline.tasks.classification import (
@@ -89,7 +89,7 @@ class Classification:
 
     def load(self, folder: Path) -> TaskModel:
         prompted = (folder / PROMPTED_FILE).is_file()
-        return load_completing(folder) if prompted else load_with_head(folder)
+        return load_completing(folder) if prompted else load_headed(folder)
 
     def yardsticks(self, start: Start) -> dict[str, dict[str, float]]:
         """The most frequent label, the classifier as it starts, and a linear probe on its features.

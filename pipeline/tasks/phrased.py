@@ -121,7 +121,7 @@ class PhrasedClassifier(CompletingClassifier):
         """The labels' scores, float32 ``[examples, labels]``."""
         logits = self.logits(features).float()
         chosen = logits[:, self.slot_of, self.tokens] - logits.logsumexp(-1)[:, self.slot_of]
-        return torch.stack([word.mean(-1) for word in chosen.split(self._lengths, -1)], -1)
+        return torch.stack([word.mean(-1) for word in torch.split(chosen, self._lengths, -1)], -1)
 
 
 def _read(words: Sequence[Sequence[int]], mask_token: int | None) -> list[list[int]]:
