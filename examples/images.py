@@ -22,7 +22,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 from pipeline.config import Config
 from pipeline.data.prepare import load_task
 from pipeline.errors import UserError
-from pipeline.evaluation import linear_probe, majority, measure_with_interval
+from pipeline.evaluation import linear_probe, majority, predictions
 from pipeline.layout import Layout
 from pipeline.models import choose_device, load_with_head, save_model
 from pipeline.noise import derive
@@ -117,7 +117,7 @@ class Digits:
         """The commonest digit, the classifier before training, and a linear probe on its fresh features."""
         return {
             "majority": majority(start.train, start.test),
-            "zero_shot": measure_with_interval(start.model, start.test),
+            "zero_shot": predictions(start.model, start.test).figures_with_intervals(),
             "linear_probe": linear_probe(start.model, start.train, start.validation, start.test),
         }
 

@@ -115,13 +115,6 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def reads_text(location: str) -> bool:
-    """Whether models of its kind have a tokenizer."""
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-
-    return load_config(location).model_type in TOKENIZER_MAPPING_NAMES
-
-
 def load_config(location: str) -> Any:
     """The model's configuration."""
     from transformers import AutoConfig
@@ -168,8 +161,9 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 def pass_through(reference: str, folder: Path) -> None:
     """Saves a model, and its tokenizer if it has one, as they come, a trained language-modelling head too."""
     location = locate(reference)
-    save_model(load_as_trained(location), folder)
-    if reads_text(location):
+    model = load_as_trained(location)
+    save_model(model, folder)
+    if model.main_input_name == "input_ids":
         load_tokenizer(location).save_pretrained(str(folder))
 
 

@@ -80,15 +80,17 @@ def test_any_tool_loads_what_is_saved(whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("name", "more"),
     [
-        ["-S", "finetune.space=head"],
-        ["--optimizer", "es:LowRank,rank=1", "-S", "finetune.space=lora,rank=2", "-S", "dtype=int8"],
-        ["--optimizer", "cmaes", "-S", "finetune.space=projection,dimension=50"],
+        ("head", ["-S", "finetune.space=head"]),
+        (
+            "factors",
+            ["--optimizer", "es:LowRank,rank=1", "-S", "finetune.space=lora,rank=2", "-S", "dtype=int8"],
+        ),
+        ("projection", ["--optimizer", "cmaes", "-S", "finetune.space=projection,dimension=50"]),
     ],
 )
-def test_other_spaces_optimizers_and_dtypes_take_images(more: list[str], home: Path) -> None:
-    name = more[1].partition("=")[2]
+def test_other_spaces_optimizers_and_dtypes_take_images(name: str, more: list[str], home: Path) -> None:
     done = pipeline(*command(name, *more, "--no-baselines"), home=home)
     assert done.returncode == 0, done.stderr
     replayed = pipeline("replay", name, home=home)
