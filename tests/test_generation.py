@@ -439,4 +439,4 @@ def test_the_examples_are_configurations() -> None:
 def test_a_comparison_of_texts_is_refused(gpt2: Path, tmp_path: Path) -> None:
     done = pipeline("compare", "-S", "prepare.task=translation", "--model", str(gpt2), home=tmp_path)
     assert done.returncode == 2
-    assert "translation does not measure accuracy" in done.stderr
+    assert "compare takes tasks of texts and labels" in done.stderr

@@ -52,7 +52,10 @@ def compare(
     if chosen.prepare.task == "none":
         raise UserError("prepare.task is none: there is no fine-tuning to compare")
     if data_of(chosen.prepare.task) != LABELS:
-        raise UserError(f"{chosen.prepare.task} does not measure accuracy, by which methods are compared")
+        raise UserError(
+            "compare takes tasks of texts and labels, by whose accuracy it compares methods; "
+            f"{chosen.prepare.task} is none"
+        )
     if chosen.finetune.then:
         raise UserError("compare runs one optimizer from start to end: set finetune.then to []")
     root = runs.folder(name, chosen, make=False)
