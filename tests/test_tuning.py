@@ -184,7 +184,7 @@ def test_more_trials_add_to_a_study_and_accuracy_is_maximised(base: Layout, conf
 def test_another_figure_of_the_task_ranks_trials(
     by: str, better: Callable[[list[float]], float], base: Layout, config: Config
 ) -> None:
-    chosen = with_(config, tune__by=by)
+    chosen = with_(config, tune__by=by, tune__search=["learning_rate=0.001..1000"])  # far enough to differ
     work(chosen, base, base.tuning / "one", None, lambda: None)
     study = open_study(chosen, base, base.tuning / "one")
     values = [each.value for each in study.ended if each.value is not None]
