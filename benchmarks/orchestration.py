@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -71,7 +72,7 @@ def shares(trials: int) -> tuple[float, float]:
 
     optuna, mlflow = Clock(), Clock()
     with optuna.running():
-        import optuna as _  # noqa: F401
+        importlib.import_module("optuna")
     optuna.watch(Study, "__init__", "guess_first", "tell", "fail", "_left_behind", "_next", "close")
     optuna.watch(run, "write_report")
     mlflow.watch(ScribeProcess, "__init__", "send", "end", "close")
