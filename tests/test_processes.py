@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import psutil
@@ -48,18 +49,19 @@ def test_what_is_said_of_threads_is_taken_back() -> None:
     assert os.environ.get("OMP_NUM_THREADS") == before
 
 
-def _take(turns: Turns, path: Path) -> None:
-    path.write_text("\n".join(str(turn) for turn in itertools.islice(turns, 200)))
+def _take(turns: Turns, together: Barrier, path: Path) -> None:
+    together.wait(60)
+    path.write_text("\n".join(str(turn) for turn in itertools.islice(turns, 20_000)))
 
 
 def test_every_turn_is_given_once(tmp_path: Path) -> None:
-    turns = Turns()
+    turns, together = Turns(), context().Barrier(2)
     files = [tmp_path / name for name in ("a", "b")]
-    others = [context().Process(target=_take, args=(turns, file)) for file in files]
+    others = [context().Process(target=_take, args=(turns, together, file)) for file in files]
     for process in others:
         process.start()
     for process in others:
         process.join(60)
     given = [int(line) for file in files for line in file.read_text().split()]
-    assert sorted(given) == list(range(400))
-    assert next(iter(turns)) == 400
+    assert sorted(given) == list(range(40_000))
+    assert next(iter(turns)) == 40_000
