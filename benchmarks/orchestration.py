@@ -1,8 +1,8 @@
 """What a study costs beside its trials, and what a second process gains.
 
 ``python -m benchmarks.orchestration [--trials 30]`` runs ``pipeline tune`` on the default task, without
-pretraining, whole commands in new folders, one thread a process: with one process and with two, and once more
-with one here, where the seconds are taken that it waits for Optuna and for MLflow.
+pretraining, in new folders, one thread a process: with one process, where the seconds are taken that it waits
+for Optuna and for MLflow, and with two.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import Row, note
-
-_COMMAND = ("tune", "-S", "pretrain.enabled=false", "--seed", "1")
+from pipeline.layout import project_root
+from pipeline.processes import context, threads_of_each
+from pipeline.tuning.study import JOURNAL
 
 
 class Clock:
@@ -63,41 +64,55 @@ class Clock:
         return watched
 
 
-def shares(trials: int) -> tuple[float, float]:
-    """Of the wall-clock of a study in this process: what it waited for Optuna, and for MLflow."""
+@dataclass(frozen=True)
+class Seconds:
+    """Of a study: the whole command, a trial, and what was waited for."""
+
+    whole: float
+    trial: float
+    optuna: float
+    mlflow: float
+
+
+def study(trials: int, workers: int, name: str) -> Seconds:
+    """Runs one in this process, and in others as ``workers`` asks.
+
+    A trial's seconds are the time from the first one's start to the last one's end, shared among them all.
+    In one process the first is left out, which also encodes the texts that all read; several do that before.
+    """
+    optuna, mlflow = Clock(), Clock()
+    started = time.perf_counter()
+    torch.set_num_threads(1)
+    with optuna.running():
+        importlib.import_module("optuna")
     from pipeline.cli import main
     from pipeline.tracking.process import ScribeProcess
     from pipeline.tuning import run
     from pipeline.tuning.study import Study
 
-    optuna, mlflow = Clock(), Clock()
-    with optuna.running():
-        importlib.import_module("optuna")
     optuna.watch(Study, "__init__", "guess_first", "tell", "fail", "_left_behind", "_next", "close")
     optuna.watch(run, "write_report")
     mlflow.watch(ScribeProcess, "__init__", "send", "end", "close")
-    sys.argv = ["pipeline", *_arguments(trials, 1)]
-    started = time.perf_counter()
+    arguments = ["--seed", "1", "--trials", str(trials), "--workers", str(workers), "--name", name]
+    sys.argv = ["pipeline", "tune", "-S", "pretrain.enabled=false", *arguments]
     try:
         main()
     except SystemExit as ended:
         if ended.code:
             raise
     whole = time.perf_counter() - started
-    return optuna.seconds / whole, mlflow.seconds / whole
+    return Seconds(whole, _a_trial(name, workers), optuna.seconds, mlflow.seconds)
 
 
-def seconds(trials: int, workers: int) -> float:
-    """Of the whole command, in processes of its own."""
-    started = time.perf_counter()
-    command = [sys.executable, "-m", "pipeline", *_arguments(trials, workers)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return time.perf_counter() - started
+def _a_trial(name: str, workers: int) -> float:
+    import optuna
 
-
-def _arguments(trials: int, workers: int) -> list[str]:
-    name = f"workers-{workers}-{time.monotonic_ns()}"
-    return [*_COMMAND, "--trials", str(trials), "--workers", str(workers), "--name", name]
+    [journal] = (project_root() / "runs" / name).glob(f"tuning/*/{JOURNAL}")
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    made = optuna.load_study(study_name=None, storage=storage).trials[1 if workers == 1 else 0 :]
+    begun = min(each.datetime_start for each in made if each.datetime_start)
+    ended = max(each.datetime_complete for each in made if each.datetime_complete)
+    return (ended - begun).total_seconds() / len(made)
 
 
 def main() -> None:
@@ -109,15 +124,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["PIPELINE_HOME"] = temporary
         shutil.copy(Path(__file__).parent.parent / "params.yaml", temporary)
-        trials = arguments.trials
-        one, two = (seconds(trials, workers) for workers in (1, 2))
-        note(f"{trials} trials: {one:.1f} s in one process, {two:.1f} s in two")
-        torch.set_num_threads(1)
-        optuna, mlflow = shares(trials)
+        made = {}
+        for workers in (1, 2):
+            with ProcessPoolExecutor(1, context()) as fresh, threads_of_each(1):
+                made[workers] = fresh.submit(study, arguments.trials, workers, f"by-{workers}").result()
+            note(f"{workers} at work: {made[workers]}")
+    one, two = made[1], made[2]
     rows = [
-        Row.of("trials_per_minute_two_over_one", "", [one / two]),
-        Row.of("optuna_share", "", [optuna]),
-        Row.of("mlflow_share", "", [mlflow]),
+        Row.of("trials_per_minute_two_over_one", "", [one.trial / two.trial]),
+        Row.of("whole_command_one_over_two", "", [one.whole / two.whole]),
+        Row.of("optuna_share", "", [one.optuna / one.whole]),
+        Row.of("mlflow_share", "", [one.mlflow / one.whole]),
     ]
     for row in rows:
         if not arguments.json:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start, which run beside each other
 
 collect_ignore = ["plugins"]  # distributions of their own, tested where they are installed
 
@@ -16,7 +19,7 @@ WORDS = [*OTHERS, *ADJECTIVES["up"], *ADJECTIVES["down"]]
 
 @pytest.fixture(autouse=True)
 def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing is written outside ``tmp_path``; one thread, so that parallel runs do not slow each other."""
+    """Nothing is written outside ``tmp_path``; one thread, as for the commands."""
     monkeypatch.setenv("PIPELINE_HOME", str(tmp_path))
     torch.set_num_threads(1)
 

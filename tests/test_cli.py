@@ -42,7 +42,7 @@ def pipeline(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 
 def started(*arguments: str, home: Path) -> subprocess.Popen[str]:
-    own = {"PIPELINE_HOME": str(home), "PIPELINE_TRACKING": "off", "OMP_NUM_THREADS": "1"}
+    own = {"PIPELINE_HOME": str(home), "PIPELINE_TRACKING": "off"}
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", *arguments],
         stdout=subprocess.PIPE,

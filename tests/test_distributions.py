@@ -55,7 +55,7 @@ class Environment:
         return made
 
     def run(self, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
-        own = {"PIPELINE_HOME": str(home or self.folder), "PIPELINE_TRACKING": "off", "OMP_NUM_THREADS": "1"}
+        own = {"PIPELINE_HOME": str(home or self.folder), "PIPELINE_TRACKING": "off"}
         python = self.folder / "bin" / "python"
         return subprocess.run(
             [str(python), *arguments],

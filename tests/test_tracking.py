@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from pipeline import processes
 from pipeline.config import Config, TuneConfig
 from pipeline.layout import Layout
 from pipeline.tracking import Tracker, ledger, spool, track
 from pipeline.tracking import tracker as tracker_module
+from pipeline.tracking.lending import borrow, lending
 from pipeline.tracking.store import mlruns
 
 TUNING = Config(tune=TuneConfig(enabled=True))
@@ -178,6 +183,52 @@ def test_two_processes_on_a_fresh_store_one_of_them_killed(home: Path) -> None:
         time.sleep(0.1)
     assert rows(home, "select count(*) from metrics where value = 1.0") == [(2,)]
     assert rows(home, "select count(*) from experiments where name = 'gradient-free'") == [(1,)]
+
+
+def _borrower(address: str, parent: str, root: Path, end: str) -> None:
+    borrow(address)
+    with track("finetune", Config(), Layout(root), parent=parent) as tracker:
+        tracker.metrics({"loss": 1.0}, 1)
+        if end == "die":
+            tracker.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_borrow_the_scribe_of_the_one_that_started_them(home: Path) -> None:
+    ends = {"live": 0, "longer": 0, "die": -signal.SIGKILL}
+    with track("tune", TUNING, Layout(home / "runs" / "study")) as whole:
+        mine = psutil.Process().children(recursive=True)
+        with lending() as address:
+            parts = [
+                processes.context().Process(
+                    target=_borrower, args=(address, whole.id, home / "runs" / each, each)
+                )
+                for each in ends
+            ]
+            for part in parts:
+                part.start()
+            while any(part.is_alive() for part in parts):
+                assert not [
+                    each
+                    for process in psutil.Process().children(recursive=True)
+                    if process not in mine and "scribe" in (each := " ".join(cmdline(process)))
+                ]
+                time.sleep(0.2)
+        assert [part.exitcode for part in parts] == list(ends.values())
+    assert sorted(rows(home, "select name, status from runs")) == [
+        ("die/finetune", "KILLED"),
+        ("live/finetune", "FINISHED"),
+        ("longer/finetune", "FINISHED"),
+        ("study/tune", "FINISHED"),
+    ]
+    assert rows(home, "select count(*) from metrics where value = 1.0") == [(3,)]
+    assert rows(home, "select count(*) from tags where key = 'mlflow.parentRunId'") == [(3,)]
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):  # it has ended meanwhile
+        return process.cmdline()
+    return []
 
 
 @pytest.mark.parametrize("kind", ["no server", "no database"])

@@ -419,12 +419,7 @@ def test_a_killed_study_loses_no_trial_and_runs_none_twice(bert: Path, table: Pa
         "--json",
         *assigned,
     ]
-    environment = {
-        **os.environ,
-        "PIPELINE_HOME": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-        "PIPELINE_TRACKING": "off",
-    }
+    environment = {**os.environ, "PIPELINE_HOME": str(tmp_path), "PIPELINE_TRACKING": "off"}
     trials = tmp_path / "runs" / "study" / "tuning"
     with subprocess.Popen(
         line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

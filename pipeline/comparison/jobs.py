@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.processes import context, end_with_parent, threads_of_each
 from pipeline.stage import read_metrics
+from pipeline.tracking.lending import borrow, lending
 
 LOG, ERROR = "log.txt", "error.txt"
 YARDSTICKS = {
@@ -143,8 +144,8 @@ def _run(
 @contextlib.contextmanager
 def _pool(workers: int, features: Path) -> Iterator[ProcessPoolExecutor]:
     """Processes of one thread each, which share ``features``: more threads would give other bits."""
-    with threads_of_each(1):
-        pool = ProcessPoolExecutor(workers, context(), initializer=_begin, initargs=(features,))
+    with lending() as scribe, threads_of_each(1):
+        pool = ProcessPoolExecutor(workers, context(), initializer=_begin, initargs=(features, scribe))
         try:
             yield pool
         except BrokenProcessPool:
@@ -153,12 +154,13 @@ def _pool(workers: int, features: Path) -> Iterator[ProcessPoolExecutor]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(features: Path) -> None:
+def _begin(features: Path, scribe: str) -> None:
     import torch
 
     from pipeline.engine.shared import sharing
 
     end_with_parent()
+    borrow(scribe)
     torch.set_num_threads(1)
     contextlib.ExitStack().enter_context(sharing(features))  # for as long as the process lives
 

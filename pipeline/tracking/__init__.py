@@ -6,9 +6,9 @@ imports mlflow while the first imports torch, and writes down what it is told ov
 line. Training neither waits for it nor fails with it, and when training is killed the scribe still closes the
 run.
 
-``tracker`` is what stages use, ``process`` its end of the pipe, ``scribe`` the other process, in which
-``sender`` sends, ``spool`` keeps what is not sent and ``book`` writes it into MLflow; ``store`` is what all
-agree on.
+``tracker`` is what stages use, ``process`` its end of the pipe, which ``lending`` shares with processes that
+work beside it, ``scribe`` the other process, in which ``sender`` sends, ``spool`` keeps what is not sent and
+``book`` writes it into MLflow; ``store`` is what all agree on.
 """
 
 from pipeline.tracking.tracker import Tracker, track

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 from pipeline.tracking.store import PATIENCE, QUIET, milliseconds
@@ -20,7 +21,29 @@ from pipeline.tracking.store import PATIENCE, QUIET, milliseconds
 PATIENCE_SECONDS = 60.0
 
 
-class ScribeProcess:
+class Scribe(ABC):
+    """Where messages about runs go."""
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether it takes messages still."""
+
+    @abstractmethod
+    def send(self, message: dict[str, Any]) -> None:
+        """Takes a message; nothing is waited for, and nothing raised."""
+
+    def end(self, run: str, status: str, *, wait: bool = True) -> None:
+        """Closes the run; if ``wait``, comes back when all of it is written."""
+        self.send({"do": "end", "run": run, "status": status, "at": milliseconds()})
+        if wait:
+            self._await(run)
+
+    @abstractmethod
+    def _await(self, run: str) -> None: ...
+
+
+class ScribeProcess(Scribe):
     """A pipe to the other process; nothing sent through it is waited for until a run ends."""
 
     def __init__(self) -> None:
@@ -36,6 +59,7 @@ class ScribeProcess:
             start_new_session=True,
         )
         self._ended: queue.Queue[str] = queue.Queue()
+        self._writing = threading.Lock()  # a process that lends it sends from several threads
         threading.Thread(target=self._listen, daemon=True).start()
         atexit.register(self.close)
 
@@ -46,16 +70,13 @@ class ScribeProcess:
     def send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin
         try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+            with self._writing:
+                self._process.stdin.write(json.dumps(message) + "\n")
+                self._process.stdin.flush()
         except OSError:  # it is gone, and `end` says so
             return
 
-    def end(self, run: str, status: str, *, wait: bool = True) -> None:
-        """Closes the run; if ``wait``, comes back when all of it is written."""
-        self.send({"do": "end", "run": run, "status": status, "at": milliseconds()})
-        if not wait:
-            return
+    def _await(self, run: str) -> None:
         patience = time.monotonic() + PATIENCE_SECONDS
         while self.alive and time.monotonic() < patience:
             try:
@@ -84,10 +105,10 @@ class ScribeProcess:
                 self._ended.put(answer["ended"])
 
 
-_scribe: ScribeProcess | None = None
+_scribe: Scribe | None = None
 
 
-def the_scribe() -> ScribeProcess | None:
+def the_scribe() -> Scribe | None:
     """This process's scribe, started when first asked for; none where tracking is off."""
     global _scribe
     if os.environ.get("PIPELINE_TRACKING", "").lower() == "off":
@@ -97,6 +118,12 @@ def the_scribe() -> ScribeProcess | None:
     if _scribe is None or not _scribe.alive:
         _scribe = ScribeProcess()
     return _scribe
+
+
+def use(scribe: Scribe) -> None:
+    """Has this process send to ``scribe``."""
+    global _scribe
+    _scribe = scribe
 
 
 def _warn(text: str) -> None:

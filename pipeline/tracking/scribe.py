@@ -10,7 +10,7 @@ import threading
 from typing import IO, Any
 
 from pipeline.tracking.sender import Sender
-from pipeline.tracking.store import milliseconds
+from pipeline.tracking.store import killed
 
 IDLE_SECONDS = 1.0  # without a message; then what earlier processes left is sent
 
@@ -40,8 +40,8 @@ def main() -> None:
         if message["do"] == "end":
             answer(ended=run)
     for run in sender.runs:
-        sender.take(run, {"do": "log", "tags": {"error": "the process was killed"}})
-        sender.take(run, {"do": "end", "status": "KILLED", "at": milliseconds()})
+        for message in killed():
+            sender.take(run, message)
 
 
 def _read(stream: IO[str], messages: queue.Queue[dict[str, Any] | None]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from pipeline.tracking.store import milliseconds, mlruns
+from pipeline.tracking.store import killed, mlruns
 
 LOCK_SECONDS = 60.0
 MESSAGES, LOCK, FILES = "messages.jsonl", "lock", "files"
@@ -123,6 +123,6 @@ def left_behind(under: Path) -> Iterator[Entry]:
             entry.drop()
             continue
         if messages[-1]["do"] != "end":
-            entry.append({"do": "log", "tags": {"error": "the process was killed"}})
-            entry.append({"do": "end", "status": "KILLED", "at": milliseconds()})
+            for message in killed():
+                entry.append(message)
         yield entry

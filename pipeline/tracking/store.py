@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from pipeline.layout import project_root
 
@@ -45,3 +46,11 @@ def mlruns() -> Path:
 def milliseconds() -> int:
     """The time as MLflow counts it, from 1970."""
     return int(time.time() * 1000)
+
+
+def killed() -> list[dict[str, Any]]:
+    """The messages that end a run whose process did not."""
+    return [
+        {"do": "log", "tags": {"error": "the process was killed"}},
+        {"do": "end", "status": "KILLED", "at": milliseconds()},
+    ]

@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.config import SECTIONS, Config
 from pipeline.layout import DVC_EXPERIMENT, Layout, project_root
 from pipeline.tracking import ledger, spool
-from pipeline.tracking.process import ScribeProcess, the_scribe
+from pipeline.tracking.process import Scribe, the_scribe
 from pipeline.tracking.store import milliseconds, mlruns, store_uri
 
 FLUSH_SECONDS = 10.0
@@ -116,7 +116,7 @@ def track(
 
 def _start(
     tracker: Tracker,
-    scribe: ScribeProcess,
+    scribe: Scribe,
     run: str,
     stage: str,
     config: Config,

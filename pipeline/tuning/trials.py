@@ -18,8 +18,9 @@ from pipeline.engine.shared import reread, save, sharing
 from pipeline.errors import UserError, guarded
 from pipeline.layout import Layout
 from pipeline.predictions import MINIMISED
-from pipeline.processes import Turns, context, cores, end_with_parent, threads_of_each
+from pipeline.processes import Turns, context, cores, end_with_parent, threads, threads_of_each
 from pipeline.stage import read_metrics
+from pipeline.tracking.lending import borrow, lending
 from pipeline.tuning.features import compute_part
 from pipeline.tuning.search import assignments, searched, values_of
 from pipeline.tuning.study import Study, Taken
@@ -84,38 +85,37 @@ def work_in_processes(config: Config, base: Layout, folder: Path, parent: str | 
     Raises:
         UserError: one of them ended early; what it was at is taken up by the next call.
     """
-    import torch
-
     count = min(config.tune.workers, config.tune.trials)
     each = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // count))
-    before, go, turns = torch.get_num_threads(), context().Event(), Turns()
+    go, turns = context().Event(), Turns()
     ready = [context().Event() for _ in range(1, count)]
-    others = [
-        context().Process(
-            target=_beside, args=(number, config, base, folder, parent, turns, mine, go), daemon=True
-        )
-        for number, mine in enumerate(ready, start=1)
-    ]
-    try:
-        with threads_of_each(each):
-            for process in others:
-                process.start()
-        torch.set_num_threads(each)
-        with contextlib.closing(open_study(config, base, folder)) as study, sharing(folder / FEATURES):
-            compute_part(config, base, turns, 0)
-            while not all(e.is_set() or not p.is_alive() for e, p in zip(ready, others, strict=True)):
-                time.sleep(0.05)
-            go.set()
-            reread()
-            while _one_more(study, config, base, parent):
+    with lending() as scribe:
+        others = [
+            context().Process(
+                target=_beside,
+                args=(number, config, base, folder, parent, scribe, turns, mine, go),
+                daemon=True,
+            )
+            for number, mine in enumerate(ready, start=1)
+        ]
+        try:
+            with threads_of_each(each):
+                for process in others:
+                    process.start()
+
+            def meet() -> None:
+                while not all(e.is_set() or not p.is_alive() for e, p in zip(ready, others, strict=True)):
+                    time.sleep(0.05)
+                go.set()
+
+            with threads(each):
+                _take_part(config, base, folder, parent, on_end, turns=turns, number=0, meet=meet)
+            while alive := [process for process in others if process.is_alive()]:
+                alive[0].join(timeout=1)
                 on_end()
-        while alive := [process for process in others if process.is_alive()]:
-            alive[0].join(timeout=1)
-            on_end()
-    finally:
-        torch.set_num_threads(before)
-        for process in others:
-            process.kill()
+        finally:
+            for process in others:
+                process.kill()
     for number, process in enumerate(others, start=1):
         if process.exitcode:
             lines = _log_of(folder, number).read_text(encoding="utf-8").splitlines()
@@ -129,26 +129,45 @@ def _beside(
     base: Layout,
     folder: Path,
     parent: str | None,
+    scribe: str,
     turns: Turns,
     ready: Event,
     go: Event,
 ) -> None:
     """What another process of `work_in_processes` does."""
     end_with_parent()
+    borrow(scribe)
     log = os.open(_log_of(folder, number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
 
-    def do() -> None:
-        with contextlib.closing(open_study(config, base, folder)) as study, sharing(folder / FEATURES):
-            compute_part(config, base, turns, number)
-            ready.set()
-            go.wait()
-            reread()
-            while _one_more(study, config, base, parent):
-                pass
+    def meet() -> None:
+        ready.set()
+        go.wait()
 
-    guarded(do)
+    guarded(
+        lambda: _take_part(config, base, folder, parent, lambda: None, turns=turns, number=number, meet=meet)
+    )
+
+
+def _take_part(
+    config: Config,
+    base: Layout,
+    folder: Path,
+    parent: str | None,
+    on_end: OnEnd,
+    *,
+    turns: Turns,
+    number: int,
+    meet: Callable[[], None],
+) -> None:
+    """Computes a part of what trials read, meets the others, then runs trials."""
+    with contextlib.closing(open_study(config, base, folder)) as study, sharing(folder / FEATURES):
+        compute_part(config, base, turns, number)
+        meet()
+        reread()
+        while _one_more(study, config, base, parent):
+            on_end()
 
 
 def _log_of(folder: Path, number: int) -> Path:
