@@ -25,12 +25,12 @@ from pipeline import config, start
 from pipeline.config import Config
 from pipeline.data.prepare import prepare
 from pipeline.engine.evaluator import Engine
-from pipeline.evaluation import measure
 from pipeline.layout import Layout
-from pipeline.models import pass_through
+from pipeline.measuring.evaluation import measure
+from pipeline.models.loading import pass_through
+from pipeline.models.quantized import FORMATS
 from pipeline.optimizer import Seeded
 from pipeline.peak_memory import PeakMemory
-from pipeline.quantized import FORMATS
 from pipeline.tasks.base import Batch, Start
 from pipeline.trainer import train
 

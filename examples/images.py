@@ -22,9 +22,9 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 from pipeline.config import Config
 from pipeline.data.prepare import load_task
 from pipeline.errors import UserError
-from pipeline.evaluation import linear_probe, majority, predictions
 from pipeline.layout import Layout
-from pipeline.models import choose_device, load_with_head, save_model
+from pipeline.measuring.evaluation import linear_probe, majority, predictions
+from pipeline.models.loading import choose_device, load_with_head, save_model
 from pipeline.noise import derive
 from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled

@@ -214,7 +214,7 @@ def show(
     pipeline show --json
     """
     from pipeline import runs
-    from pipeline.report import table
+    from pipeline.reporting.report import table
 
     layout = runs.find(run)
     if not layout.metrics.is_file():

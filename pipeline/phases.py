@@ -16,7 +16,7 @@ from pipeline import start
 from pipeline.config import YARDSTICK, Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout, partial
-from pipeline.models import choose_device
+from pipeline.models.loading import choose_device
 from pipeline.noise import derive
 from pipeline.registry import Spec
 from pipeline.stage import fresh_folder

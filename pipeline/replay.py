@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline import phases, prompt, start
+from pipeline import phases, start
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout, partial
-from pipeline.models import choose_device, make_plain
+from pipeline.models import prompt
+from pipeline.models.loading import choose_device, make_plain
 from pipeline.space import Space
 from pipeline.tasks.base import Start
 from pipeline.tasks.classification import START_FILE

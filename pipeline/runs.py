@@ -70,7 +70,7 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     """
     from pipeline import phases
     from pipeline.data.prepare import check_sources
-    from pipeline.models import check, choose_device, choose_dtype
+    from pipeline.models.loading import check, choose_device, choose_dtype
     from pipeline.start import task
     from pipeline.tasks.template import check as check_template
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline import objective, quantized, user_code
+from pipeline import objective, user_code
 from pipeline import space as spaces
 from pipeline.config import YARDSTICK, Config, FinetuneConfig, TrainConfig
 from pipeline.data.prepare import LABELS, PROMPTS, data_of
@@ -13,7 +13,8 @@ from pipeline.engine.evaluator import NO_GRADIENT
 from pipeline.entry_points import load
 from pipeline.errors import UserError
 from pipeline.layout import Layout
-from pipeline.models import choose_device, locate, self_supervised_task
+from pipeline.models import quantized
+from pipeline.models.loading import choose_device, locate, self_supervised_task
 from pipeline.noise import derive
 from pipeline.registry import Spec
 from pipeline.tasks.base import WRITES_NONE, Start, Task, TaskModel

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pipeline import phases, start
 from pipeline.config import Config, with_yardstick
 from pipeline.engine import shared
-from pipeline.evaluation import measured, tested
-from pipeline.models import choose_device
-from pipeline.quantized import FORMATS
-from pipeline.report import table, verdict, write_report
+from pipeline.measuring.evaluation import measured, tested
+from pipeline.models.loading import choose_device
+from pipeline.models.quantized import FORMATS
+from pipeline.reporting.report import table, verdict, write_report
 from pipeline.stage import Context, read_metrics, script, write_metrics, write_predictions
 from pipeline.tasks.base import Start
 from pipeline.trainer import train

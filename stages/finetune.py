@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import phases, start
-from pipeline.evaluation import features, measured
-from pipeline.models import make_plain
+from pipeline.measuring.evaluation import features, measured
+from pipeline.models.loading import make_plain
 from pipeline.peak_memory import PeakMemory
-from pipeline.phase_figures import together
 from pipeline.phases import Phase
+from pipeline.reporting.phase_figures import together
 from pipeline.stage import Context, fresh_folder, read_metrics, script, write_metrics
 from pipeline.trainer import train
 from pipeline.trajectory import FILE, Trajectory

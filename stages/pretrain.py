@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 from pipeline import start
-from pipeline.evaluation import measure
-from pipeline.models import make_plain, pass_through
+from pipeline.measuring.evaluation import measure
+from pipeline.models.loading import make_plain, pass_through
 from pipeline.stage import Context, fresh_folder, script, write_metrics
 from pipeline.tasks.base import Start
 from pipeline.tasks.language_modelling import target_size

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import adapter
 from pipeline.errors import UserError
-from pipeline.models import check, load_language_model, load_tokenizer, locate, make_plain
+from pipeline.models import adapter
+from pipeline.models.loading import check, load_language_model, load_tokenizer, locate, make_plain
 from pipeline.tasks.classification import TextClassifier
 from tests.test_cli import pipeline, small
 from tests.test_engine import searched

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.models import load_tokenizer
+from pipeline.models.loading import load_tokenizer
 from pipeline.optimizer import Explicit
 from pipeline.space import parse
 from pipeline.space.kinds import build

@@ -14,7 +14,7 @@ from pipeline import space as spaces
 from pipeline.engine import scorer
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.models import load_encoder, load_language_model, load_tokenizer
+from pipeline.models.loading import load_encoder, load_language_model, load_tokenizer
 from pipeline.noise import direction
 from pipeline.objective import cross_entropy
 from pipeline.optimizer import BudgetSpent, Candidate, Explicit, LowRank, Seeded

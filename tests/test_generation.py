@@ -11,10 +11,11 @@ import sacrebleu
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from pipeline import config, scores
+from pipeline import config
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.models import load_language_model, load_tokenizer
+from pipeline.measuring import scores
+from pipeline.models.loading import load_language_model, load_tokenizer
 from pipeline.objective import TextObjective, parse
 from pipeline.optimizer import LowRank, Move, Problem, Seeded
 from pipeline.registry import Spec, create

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pipeline.data.packages import PACKAGES
 from pipeline.errors import UserError
-from pipeline.gguf import plain
 from pipeline.layout import cache_dir
-from pipeline.models import check, load_language_model, load_tokenizer, locate, self_supervised_task
+from pipeline.models.gguf import plain
+from pipeline.models.loading import check, load_language_model, load_tokenizer, locate, self_supervised_task
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 64
 # in llama.cpp's names

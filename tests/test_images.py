@@ -13,8 +13,8 @@ from pipeline import user_code
 from pipeline.config import Config
 from pipeline.data.prepare import load_task
 from pipeline.engine.evaluator import Engine
-from pipeline.evaluation import measure
 from pipeline.layout import Layout
+from pipeline.measuring.evaluation import measure
 from pipeline.optimizer import LowRank, Seeded
 from tests.test_cli import ROOT, pipeline
 from tests.test_engine import reference, searched

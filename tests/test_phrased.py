@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.engine import scorer
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.models import load_tokenizer
+from pipeline.models.loading import load_tokenizer
 from pipeline.optimizer import Candidate, Explicit, LowRank, Seeded
 from pipeline.tasks import in_context as in_context_module
 from pipeline.tasks.base import Batch, Start
@@ -131,7 +131,7 @@ def test_a_candidate_scores_as_the_language_model_it_is(
             for tensor in space.tensors:
                 parameters[tensor.name].copy_(space.value(tensor, candidate))
         if space.kind == "lora":
-            from pipeline.models import make_plain
+            from pipeline.models.loading import make_plain
 
             make_plain(written.encoder)
         written.save(folder, load_tokenizer(str(folder_of[family])))

@@ -11,8 +11,8 @@ import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 
-from pipeline import resampling
-from pipeline.predictions import BINS, Predictions
+from pipeline.measuring import resampling
+from pipeline.measuring.predictions import BINS, Predictions
 
 
 def drawn(count: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ from pipeline import space as spaces
 from pipeline.engine import scorer
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.models import load_encoder, load_language_model, load_tokenizer
+from pipeline.models.loading import load_encoder, load_language_model, load_tokenizer
+from pipeline.models.prompt import embedding_scale
 from pipeline.optimizer import Candidate, Explicit, LowRank, Seeded
-from pipeline.prompt import embedding_scale
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.classification import TextClassifier
 from pipeline.tasks.language_modelling import LanguageModel

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.engine import scorer
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.models import (
+from pipeline.models.loading import (
     has_language_head,
     load_encoder,
     load_language_model,
@@ -155,7 +155,7 @@ def test_a_candidate_scores_as_the_language_model_it_is(
 
 
 def _written(model: PromptedClassifier, space: Space, candidate: Candidate) -> PromptedClassifier:
-    from pipeline.models import make_plain
+    from pipeline.models.loading import make_plain
 
     written = copy.deepcopy(model)
     parameters = dict(written.named_parameters())

@@ -10,12 +10,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from pipeline import scores
 from pipeline.data import questions
 from pipeline.data.questions import Question
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.models import load_encoder, load_tokenizer
+from pipeline.measuring import scores
+from pipeline.models.loading import load_encoder, load_tokenizer
 from pipeline.objective import parse
 from pipeline.optimizer import LowRank, Seeded
 from pipeline.tasks.base import Batch

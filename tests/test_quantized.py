@@ -19,9 +19,9 @@ from pipeline import space as spaces
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
 from pipeline.layout import partial
-from pipeline.models import load_encoder, load_language_model, make_plain, save_model
+from pipeline.models.loading import load_encoder, load_language_model, make_plain, save_model
+from pipeline.models.quantized import FORMATS, GROUP, dequantize, quantize, quantized
 from pipeline.optimizer import Candidate, LowRank, Seeded
-from pipeline.quantized import FORMATS, GROUP, dequantize, quantize, quantized
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.classification import START_FILE
 from pipeline.trajectory import FILE, Trajectory

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.config import Config
 from pipeline.layout import Layout
-from pipeline.report import table, verdict, write_report
+from pipeline.reporting.report import table, verdict, write_report
 
 METRICS = {
     "majority/accuracy": 0.504,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.evaluation import measure
+from pipeline.measuring.evaluation import measure
 from pipeline.noise import direction
 from pipeline.objective import cross_entropy
 from pipeline.optimizer import Candidate, Move, Problem, Seeded

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from pipeline.engine.evaluator import Engine
-from pipeline.models import load_language_model, load_tokenizer
+from pipeline.models.loading import load_language_model, load_tokenizer
 from pipeline.optimizer import Explicit, LowRank, Move, Seeded
 from pipeline.tasks.base import Batch
 from pipeline.tasks.seq2seq import Answered, Seq2Seq, start_token

@@ -14,8 +14,8 @@ import torch
 
 from pipeline import registry
 from pipeline.errors import UserError
-from pipeline.evaluation import measure
-from pipeline.models import load_tokenizer
+from pipeline.measuring.evaluation import measure
+from pipeline.models.loading import load_tokenizer
 from pipeline.objective import margin
 from pipeline.optimizer import Explicit, Move, Problem
 from pipeline.registry import Spec

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.resampling import interval, resampled
+from pipeline.measuring.resampling import interval, resampled
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -13,9 +13,9 @@ from pipeline.engine.batched import CannotBatch, LowRankSource, ManyPoints, Sour
 from pipeline.engine.modules import Point, SearchedModules
 from pipeline.engine.onthefly import HeldPoint, OnePoint, Scratch
 from pipeline.errors import UserError
+from pipeline.models.prompt import tokens_in
 from pipeline.objective import AnyObjective, TextObjective, cross_entropy, judge
 from pipeline.optimizer import Candidate, Seeded
-from pipeline.prompt import tokens_in
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from pipeline import quantized
 from pipeline.errors import UserError, nearest, unknown
-from pipeline.prompt import NAME, embedding_scale
+from pipeline.models import quantized
+from pipeline.models.prompt import NAME, embedding_scale
 from pipeline.registry import Spec
 from pipeline.space.projection import Projection
 from pipeline.space.searched import Space

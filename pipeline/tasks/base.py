@@ -124,19 +124,19 @@ class TaskModel(nn.Module):
 
     def add_lora(self, rank: int, seed: int) -> None:
         """Adds low-rank factors to every linear layer of the encoder; the output is unchanged by it."""
-        from pipeline.models import with_lora
+        from pipeline.models.loading import with_lora
 
         with_lora(self.encoder, rank, seed)
 
     def save_adapter(self, folder: Path, base: str, rank: int) -> None:
         """Writes what `add_lora` added as a PEFT adapter of the model in ``base``."""
-        from pipeline.adapter import save
+        from pipeline.models.adapter import save
 
         save(self, folder, base, rank)
 
     def add_prompt(self, tokens: int, seed: int) -> None:
         """Has the encoder read a prompt before each text: words, drawn from ``seed``."""
-        from pipeline.prompt import with_prompt
+        from pipeline.models.prompt import with_prompt
 
         with_prompt(self.encoder, tokens, seed)
 
@@ -174,7 +174,7 @@ class Start:
 
     ``batch`` gives the batches to train on; ``train``, ``validation`` and ``test`` every example once, the
     first and last empty where nothing is measured on them. ``examiner`` measures; without one, the figures of
-    `pipeline.predictions` are taken over the targets. ``tokenizer`` is None where no text is read.
+    `pipeline.measuring.predictions` are taken over the targets. ``tokenizer`` is None where no text is read.
     """
 
     model: TaskModel

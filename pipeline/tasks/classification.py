@@ -70,7 +70,7 @@ class TextClassifier(TaskModel):
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """The encoder as a ``save_pretrained`` directory, the head as safetensors beside it."""
-        from pipeline.models import save_model
+        from pipeline.models.loading import save_model
 
         save_model(cast("PreTrainedModel", self.encoder), folder)
         tokenizer.save_pretrained(str(folder))
@@ -110,7 +110,7 @@ class TextClassifier(TaskModel):
         Raises:
             UserError: the folder holds no classifier, or one of another class.
         """
-        from pipeline.models import load_encoder
+        from pipeline.models.loading import load_encoder
 
         if not (folder / HEAD_CONFIG).is_file():
             raise UserError(f"{folder} holds no classifier; run the finetune stage first")

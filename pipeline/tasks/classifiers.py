@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.models import (
+from pipeline.models.loading import (
     has_language_head,
     load_config,
     load_encoder,

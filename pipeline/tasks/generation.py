@@ -11,10 +11,11 @@ from pipeline.config import Config
 from pipeline.data.prepare import PAIRS, PROMPTS, load_task
 from pipeline.errors import UserError
 from pipeline.layout import Layout
-from pipeline.models import choose_device, load_config, load_language_model, load_tokenizer, writes_as
+from pipeline.measuring.text_evaluation import TextExaminer
+from pipeline.models.loading import choose_device, load_config, load_language_model, load_tokenizer, writes_as
+from pipeline.models.prompt import stored_tokens
 from pipeline.noise import derive
 from pipeline.objective import TextObjective
-from pipeline.prompt import stored_tokens
 from pipeline.space import parse
 from pipeline.tasks.about import About
 from pipeline.tasks.base import Batch, Start, TaskModel
@@ -22,7 +23,6 @@ from pipeline.tasks.batching import shuffled
 from pipeline.tasks.seq2seq import Seq2Seq
 from pipeline.tasks.template import TEXT
 from pipeline.tasks.writing import CONFIG, Decoder, WritingData, check_room
-from pipeline.text_evaluation import TextExaminer
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -38,7 +38,7 @@ class Writing:
     data: ClassVar[str]
     figures: ClassVar[tuple[str, ...]]
     each: ClassVar[str]
-    """Of `pipeline.scores`: how well one text was answered."""
+    """Of `pipeline.measuring.scores`: how well one text was answered."""
 
     def start(self, config: Config, layout: Layout, folder: Path | None) -> Start:
         """The language model, its prompts, and what measures it.

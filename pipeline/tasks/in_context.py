@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from pipeline.predictions import Predictions
-from pipeline.prompt import tokens_in
+from pipeline.measuring.predictions import Predictions
+from pipeline.models.prompt import tokens_in
 from pipeline.tasks.base import Batch, Start
 from pipeline.tasks.prompted import CompletingClassifier
 

@@ -9,17 +9,17 @@ from pipeline.config import Config, TrainConfig
 from pipeline.data.prepare import load_corpus, load_task
 from pipeline.engine import shared
 from pipeline.errors import UserError
-from pipeline.evaluation import features, linear_probe, majority, predictions
 from pipeline.layout import Layout
-from pipeline.models import (
+from pipeline.measuring.evaluation import features, linear_probe, majority, predictions
+from pipeline.models.loading import (
     choose_device,
     load_config,
     load_language_model,
     load_tokenizer,
     locate,
 )
+from pipeline.models.prompt import stored_tokens
 from pipeline.noise import derive
-from pipeline.prompt import stored_tokens
 from pipeline.space import parse
 from pipeline.tasks.about import About
 from pipeline.tasks.answered import load as load_headed

@@ -63,7 +63,7 @@ class LanguageModel(TaskModel):
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A ``save_pretrained`` directory."""
-        from pipeline.models import save_model
+        from pipeline.models.loading import save_model
 
         save_model(self.model, folder)
         tokenizer.save_pretrained(str(folder))

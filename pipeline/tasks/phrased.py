@@ -45,7 +45,7 @@ def load(folder: Path) -> CompletingClassifier:
     Raises:
         UserError: the folder holds no prompted classifier.
     """
-    from pipeline.models import load_language_model, load_tokenizer
+    from pipeline.models.loading import load_language_model, load_tokenizer
 
     path = folder / PROMPTED_FILE
     if not path.is_file():

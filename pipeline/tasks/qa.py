@@ -9,8 +9,8 @@ from pipeline.config import Config
 from pipeline.data.prepare import QUESTIONS, load_task
 from pipeline.errors import UserError
 from pipeline.layout import Layout
-from pipeline.models import choose_device, load_config, load_encoder, load_tokenizer, writes_as
-from pipeline.prompt import stored_tokens
+from pipeline.models.loading import choose_device, load_config, load_encoder, load_tokenizer, writes_as
+from pipeline.models.prompt import stored_tokens
 from pipeline.space import parse
 from pipeline.tasks.about import About
 from pipeline.tasks.base import Batch, Start, TaskModel

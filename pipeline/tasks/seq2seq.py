@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models import load_language_model, load_tokenizer
-from pipeline.prompt import CACHE_NAMES
+from pipeline.models.loading import load_language_model, load_tokenizer
+from pipeline.models.prompt import CACHE_NAMES
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.batching import pad
 from pipeline.tasks.decoding import decode
@@ -71,7 +71,7 @@ class Seq2Seq(TaskModel):
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A ``save_pretrained`` directory, and how it writes."""
-        from pipeline.models import save_model
+        from pipeline.models.loading import save_model
 
         save_model(self.model, folder)
         tokenizer.save_pretrained(str(folder))

@@ -71,7 +71,7 @@ class SpanReader(TaskModel):
         """The encoder as a ``save_pretrained`` directory, the head as safetensors beside it."""
         from safetensors.torch import save_file
 
-        from pipeline.models import save_model
+        from pipeline.models.loading import save_model
 
         save_model(cast("PreTrainedModel", self.encoder), folder)
         tokenizer.save_pretrained(str(folder))
@@ -85,7 +85,7 @@ class SpanReader(TaskModel):
         """What `save` wrote."""
         from safetensors.torch import load_file
 
-        from pipeline.models import load_encoder
+        from pipeline.models.loading import load_encoder
 
         encoder = load_encoder(str(folder), "auto")
         model = cls(encoder, encoder.config.hidden_size)

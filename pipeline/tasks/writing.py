@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models import load_language_model, load_tokenizer
+from pipeline.models.loading import load_language_model, load_tokenizer
+from pipeline.models.prompt import CACHE_NAMES
 from pipeline.noise import derive
-from pipeline.prompt import CACHE_NAMES
 from pipeline.tasks.base import Asked, Batch
 from pipeline.tasks.batching import pad, pad_left
 from pipeline.tasks.decoding import Decoding, decode

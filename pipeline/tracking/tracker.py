@@ -219,7 +219,7 @@ def _device(config: Config) -> str:
     """The device chosen; torch is not imported only to say so."""
     if config.device != "auto" or "torch" not in sys.modules:
         return config.device
-    from pipeline.models import choose_device
+    from pipeline.models.loading import choose_device
 
     return str(choose_device("auto"))
 

@@ -9,8 +9,8 @@ from pipeline.config import Config
 from pipeline.engine import shared
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
-from pipeline.evaluation import features
 from pipeline.layout import Layout
+from pipeline.measuring.evaluation import features
 
 _PASSES_A_STEP = 64  # at most, of most methods: a smaller budget does not read all of the data
 

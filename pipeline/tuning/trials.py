@@ -17,7 +17,7 @@ from pipeline.config import Config, TuneConfig
 from pipeline.engine.shared import reread, save, sharing
 from pipeline.errors import UserError, guarded
 from pipeline.layout import Layout
-from pipeline.predictions import MINIMISED
+from pipeline.measuring.predictions import MINIMISED
 from pipeline.processes import Turns, context, cores, end_with_parent, threads, threads_of_each
 from pipeline.stage import read_metrics
 from pipeline.tracking.lending import borrow, lending

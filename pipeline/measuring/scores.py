@@ -96,7 +96,7 @@ class Classifier:
         return found
 
     def _model(self) -> tuple[TextClassifier, Any]:
-        from pipeline.models import load_tokenizer
+        from pipeline.models.loading import load_tokenizer
         from pipeline.tasks.classification import TextClassifier
 
         if self._loaded is None:

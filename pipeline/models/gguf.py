@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.models import loading
-from pipeline.unpacked import made_once
+from pipeline.models.loading import loading
+from pipeline.models.unpacked import made_once
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"

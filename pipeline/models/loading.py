@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pipeline import prompt, quantized
 from pipeline.data.packages import PREFIX, model_path, package
 from pipeline.errors import UserError, unknown
+from pipeline.models import prompt, quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,14 +65,14 @@ def locate(reference: str) -> str:
     Raises:
         UserError: a path that does not exist or holds no model.
     """
-    from pipeline import adapter
+    from pipeline.models import adapter
 
     check(reference)
     path = Path(reference)
     if reference.startswith(PREFIX):
         path = model_path(reference.removeprefix(PREFIX))
     if path.suffix == ".gguf":
-        from pipeline.gguf import plain
+        from pipeline.models.gguf import plain
 
         return str(plain(path))
     if adapter.is_adapter(path):
@@ -90,11 +90,11 @@ def check(reference: str) -> None:
     if reference.startswith(PREFIX):
         package(reference.removeprefix(PREFIX), "model")
     elif path.suffix == ".gguf":
-        from pipeline.gguf import check as check_gguf
+        from pipeline.models.gguf import check as check_gguf
 
         check_gguf(path)
     elif path.is_dir():
-        from pipeline import adapter
+        from pipeline.models import adapter
 
         if adapter.is_adapter(path):
             adapter.check(path)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import figures, phase_figures
 from pipeline.config import Config, TrainConfig
 from pipeline.layout import Layout, project_root
+from pipeline.reporting import figures, phase_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

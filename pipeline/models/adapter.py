@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pipeline import models
 from pipeline.errors import UserError
-from pipeline.unpacked import made_once
+from pipeline.models import loading
+from pipeline.models.unpacked import made_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ def save(model: TaskModel, folder: Path, base: str, rank: int) -> None:
         lora_alpha=rank,
         target_modules=modules,
         modules_to_save=head or None,
-        fan_in_fan_out=models.is_conv(encoder),
+        fan_in_fan_out=loading.is_conv(encoder),
         base_model_name_or_path=base,
         inference_mode=True,
     ).save_pretrained(str(folder))
@@ -88,7 +88,7 @@ def check(folder: Path) -> None:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}: adapters are read from safetensors only")
     try:
-        models.check(_base(folder))
+        loading.check(_base(folder))
     except UserError as error:
         raise UserError(f"the base of the adapter {folder}: {error}; {CONFIG} names it") from error
 
@@ -100,7 +100,7 @@ def plain(folder: Path) -> Path:
         UserError: as `check`, or the two do not fit.
     """
     check(folder)
-    base = models.locate(_base(folder))
+    base = loading.locate(_base(folder))
     files = [folder / CONFIG, folder / WEIGHTS]
     files += sorted(each for each in Path(base).glob("*") if each.suffix in (".json", ".safetensors"))
     doing = f"{folder}: merging it into its base"
@@ -127,17 +127,17 @@ def _base(folder: Path) -> str:
 def _merge(folder: Path, base: str, out: Path) -> None:
     from peft import LoraConfig, PeftModel
 
-    model = models.load_as_trained(base)
+    model = loading.load_as_trained(base)
     root = _adapted(model, folder, base)
-    with models.loading(str(folder)), warnings.catch_warnings():
+    with loading.loading(str(folder)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whether the two fit is asked above
         config = LoraConfig.from_pretrained(str(folder))
         config.task_type = config.modules_to_save = None  # copies of modules would lose their ties
         PeftModel.from_pretrained(root, str(folder), config=config, torch_device="cpu").merge_and_unload()
         _take_over(root, folder)
-    models.save_model(model, out)
+    loading.save_model(model, out)
     own = (folder / "tokenizer_config.json").is_file()
-    models.load_tokenizer(str(folder) if own else base).save_pretrained(str(out))
+    loading.load_tokenizer(str(folder) if own else base).save_pretrained(str(out))
 
 
 def _take_over(root: nn.Module, folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine import shared
-from pipeline.predictions import Predictions
+from pipeline.measuring.predictions import Predictions
 from pipeline.tasks.base import Batch, Start, TaskModel, Tested
 
 

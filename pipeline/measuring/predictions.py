@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from pipeline.resampling import Statistic, interval, resampled
+from pipeline.measuring.resampling import Statistic, interval, resampled
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 MINIMISED = ("loss", "calibration_error")  # figures of which less is better

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from pipeline import scores
-from pipeline.evaluation import predictions
+from pipeline.measuring import scores
+from pipeline.measuring.evaluation import predictions
 from pipeline.objective import TextObjective
 from pipeline.tasks.base import Asked, Batch, TaskModel, Tested
 
@@ -48,9 +48,9 @@ class TextExaminer:
     """The `Examiner` of what a model writes.
 
     ``figures`` name those of `FIGURES` that are taken where there are references; ``each``, a function of
-    `pipeline.scores`, is what a text's own score is. ``scored`` gives the objective if it scores texts, whose
-    mean is then ``score``. ``loss`` is the cross-entropy of the references' tokens in nats; without any, the
-    negative score.
+    `pipeline.measuring.scores`, is what a text's own score is. ``scored`` gives the objective if it scores
+    texts, whose mean is then ``score``. ``loss`` is the cross-entropy of the references' tokens in nats; without
+    any, the negative score.
     """
 
     def __init__(

@@ -1,0 +1,1 @@
+"""Held-out figures, their intervals, and the yardsticks beside them."""

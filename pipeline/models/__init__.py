@@ -1,0 +1,1 @@
+"""Models: found, loaded (safetensors only), taken in from other forms, adapted, held in few bits, saved."""
