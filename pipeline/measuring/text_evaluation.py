@@ -49,8 +49,8 @@ class TextExaminer:
 
     ``figures`` name those of `FIGURES` that are taken where there are references; ``each``, a function of
     `pipeline.measuring.scores`, is what a text's own score is. ``scored`` gives the objective if it scores
-    texts, whose mean is then ``score``. ``loss`` is the cross-entropy of the references' tokens in nats; without
-    any, the negative score.
+    texts, whose mean is then ``score``. ``loss`` is the cross-entropy of the references' tokens in nats;
+    without any, the negative score.
     """
 
     def __init__(
