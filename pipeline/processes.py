@@ -5,9 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from multiprocessing.context import SpawnContext
+from typing import TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def context() -> SpawnContext:
@@ -71,3 +76,24 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def as_done(
+    pool: Executor, work: Callable[[Job], Result], jobs: Sequence[Job], after: Callable[[Job], Job | None]
+) -> Iterator[tuple[Job, Result]]:
+    """Has ``pool`` do ``work`` on the jobs, each once the one that it comes ``after`` is done; as they end.
+
+    Of those that may begin the earlier begin earlier.
+
+    Raises:
+        Exception: what ``work`` raised.
+    """
+    left, running = list(jobs), dict[Future[Result], Job]()
+    while left or running:
+        waiting = [*left, *running.values()]
+        for job in [each for each in left if after(each) not in waiting]:
+            left.remove(job)
+            running[pool.submit(work, job)] = job
+        assert running, "jobs that wait for each other"
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future.result()

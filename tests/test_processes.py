@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import psutil
+import pytest
 
-from pipeline.processes import Turns, context, threads_of_each
+from pipeline.processes import Turns, as_done, context, threads_of_each
 
 PARENT = """
 import time
@@ -65,3 +68,33 @@ def test_every_turn_is_given_once(tmp_path: Path) -> None:
     given = [int(line) for file in files for line in file.read_text().split()]
     assert sorted(given) == list(range(40_000))
     assert next(iter(turns)) == 40_000
+
+
+def test_jobs_wait_for_the_one_they_come_after() -> None:
+    after = {"start 0": None, "start 1": None, "a": "start 0", "b": "a", "c": "a", "d": "start 1"}
+    open_ = {name: threading.Event() for name in after}
+    begun: list[str] = []
+
+    def work(name: str) -> str:
+        begun.append(name)
+        assert open_[name].wait(60)
+        return name.upper()
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = as_done(pool, work, list(after), after.get)
+        open_["start 0"].set()
+        assert next(ended) == ("start 0", "START 0")
+        open_["a"].set()
+        assert next(ended) == ("a", "A")
+        open_["b"].set()
+        assert next(ended) == ("b", "B")
+        assert begun[:4] == ["start 0", "start 1", "a", "b"]
+        assert "d" not in begun  # what it comes after has not ended
+        for each in open_.values():
+            each.set()
+        assert sorted(ended) == [("c", "C"), ("d", "D"), ("start 1", "START 1")]
+
+
+def test_what_a_job_raises_comes_out() -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ZeroDivisionError):
+        list(as_done(pool, lambda number: 1 // number, [1, 0], lambda _: None))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from pipeline import runs
 from pipeline.comparison.plan import Plan
-from pipeline.config import Config
+from pipeline.config import YARDSTICK, Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout
-from pipeline.processes import context, end_with_parent, threads_of_each
+from pipeline.processes import as_done, context, end_with_parent, threads_of_each
+from pipeline.registry import Spec
 from pipeline.stage import read_metrics
 from pipeline.tracking.lending import borrow, lending
 
@@ -33,7 +36,7 @@ Say = Callable[[str], None]
 class Job:
     """Stages of one run; ``base`` is the run whose data and model it starts from, if any.
 
-    With ``again`` they are run though they were.
+    It waits for the job ``after``. With ``again`` the stages are run though they were.
     """
 
     label: str
@@ -41,6 +44,7 @@ class Job:
     layout: Layout
     stages: tuple[str, ...]
     base: Layout | None = None
+    after: Job | None = None
     again: bool = False
 
 
@@ -51,10 +55,11 @@ def run_all(plan: Plan, workers: int, parent: str | None, say: Say) -> None:
         UserError: a start could not be made, or a process ended early.
     """
     with _pool(workers, plan.root / "features") as pool:
-        _run(pool, _starts(plan), parent, say, "start", stop=True)
+        starts = _starts(plan)
         if plan.tune:
-            _run(pool, _studies(plan), parent, say, "tune")
-        _run(pool, _runs(plan), parent, say, "compare")
+            _run(pool, [*starts.values(), *_studies(plan, starts)], parent, say, "tune")
+            starts = {}
+        _run(pool, [*starts.values(), *_runs(plan, starts)], parent, say, "compare")
         _run(pool, _missing_yardsticks(plan), parent, say, "yardsticks")
 
 
@@ -67,37 +72,48 @@ def failure(plan: Plan, optimizer: str, seed: int) -> str:
     return "" if plan.run(optimizer, seed).metrics.is_file() else "it has not run"
 
 
-def _starts(plan: Plan) -> list[Job]:
+def _starts(plan: Plan) -> dict[int, Job]:
+    """By seed."""
     needed = [*plan.seeds, *([plan.tuning_seed] if plan.tune else [])]
-    return [
-        Job(f"start of seed {seed}", plan.base_config(seed), plan.base(seed), ("prepare", "pretrain"))
+    return {
+        seed: Job(f"start of seed {seed}", plan.base_config(seed), plan.base(seed), ("prepare", "pretrain"))
         for seed in needed
-    ]
+    }
 
 
-def _studies(plan: Plan) -> list[Job]:
-    base = plan.base(plan.tuning_seed)
+def _studies(plan: Plan, starts: Mapping[int, Job]) -> list[Job]:
+    base, after = plan.base(plan.tuning_seed), starts[plan.tuning_seed]
     return [
-        Job(f"tuning {each}", plan.study_config(each), plan.study(each), ("tune",), base)
+        Job(f"tuning {each}", plan.study_config(each), plan.study(each), ("tune",), base, after)
         for each in plan.optimizers
     ]
 
 
-def _runs(plan: Plan) -> list[Job]:
-    """Seed by seed: runs of one seed share the features of its texts. The first has the seed's yardsticks."""
+def _runs(plan: Plan, starts: Mapping[int, Job]) -> list[Job]:
+    """The first run of each seed has its yardsticks, and leaves the features of its texts to the others.
+
+    AdamW's begin before those: they take longest, and move what features would be computed from.
+    """
     tuned = [each for each in plan.optimizers if not plan.tune or plan.study(each).tuned.is_file()]
-    stages = ("tune", "finetune", "evaluate")
+    first = {seed: _run_of(plan, tuned[0], seed, starts.get(seed), yardsticks=True) for seed in plan.seeds}
+    slow = [each for each in tuned[1:] if Spec.parse(each).backend == YARDSTICK]
+    others = [each for each in tuned[1:] if each not in slow]
     return [
-        Job(
-            f"{each}, seed {seed}",
-            plan.run_config(each, seed, yardsticks=each == tuned[0]),
-            plan.run(each, seed),
-            stages,
-            plan.base(seed),
-        )
-        for seed in plan.seeds
-        for each in tuned
+        *first.values(),
+        *(_run_of(plan, each, seed, starts.get(seed)) for each in slow for seed in plan.seeds),
+        *(
+            _run_of(plan, each, seed, first[seed])
+            for seed in plan.seeds
+            for each in tuned[1:]
+            if each not in slow
+        ),
     ]
+
+
+def _run_of(plan: Plan, optimizer: str, seed: int, after: Job | None, *, yardsticks: bool = False) -> Job:
+    config, layout = plan.run_config(optimizer, seed, yardsticks=yardsticks), plan.run(optimizer, seed)
+    stages = ("tune", "finetune", "evaluate")
+    return Job(f"{optimizer}, seed {seed}", config, layout, stages, plan.base(seed), after)
 
 
 def _missing_yardsticks(plan: Plan) -> list[Job]:
@@ -117,27 +133,20 @@ def has_yardsticks(layout: Layout) -> bool:
     return any(f"{each}/" in key for key in read_metrics(layout.metrics) for each in YARDSTICKS)
 
 
-def _run(
-    pool: ProcessPoolExecutor,
-    jobs: Sequence[Job],
-    parent: str | None,
-    say: Say,
-    what: str,
-    *,
-    stop: bool = False,
-) -> None:
+def _run(pool: ProcessPoolExecutor, jobs: Sequence[Job], parent: str | None, say: Say, what: str) -> None:
+    """Raises:
+    UserError: a start that the others need could not be made.
+    """
     from tqdm import tqdm
 
     if not jobs:
         return
-    waiting = {pool.submit(_do, job, parent): job for job in jobs}
     with tqdm(total=len(jobs), desc=what, unit="run", disable=None, file=sys.stderr) as bar:
-        for future in as_completed(waiting):
-            job, error = waiting[future], future.result()
+        for job, error in as_done(pool, partial(_do, parent), jobs, attrgetter("after")):
             bar.update()
             if bar.disable:
                 say(f"  {job.label}: {error or 'done'}")
-            if error and stop:
+            if error and job.base is None:
                 raise UserError(f"{job.label}: {error}")
 
 
@@ -165,7 +174,7 @@ def _begin(features: Path, scribe: str) -> None:
     contextlib.ExitStack().enter_context(sharing(features))  # for as long as the process lives
 
 
-def _do(job: Job, parent: str | None) -> str:
+def _do(parent: str | None, job: Job) -> str:
     """Runs the job, or what is left of it; the reason where it is refused."""
     from pipeline.engine.shared import save
 
