@@ -101,12 +101,7 @@ def _runs(plan: Plan, starts: Mapping[int, Job]) -> list[Job]:
     return [
         *first.values(),
         *(_run_of(plan, each, seed, starts.get(seed)) for each in slow for seed in plan.seeds),
-        *(
-            _run_of(plan, each, seed, first[seed])
-            for seed in plan.seeds
-            for each in tuned[1:]
-            if each not in slow
-        ),
+        *(_run_of(plan, each, seed, first[seed]) for seed in plan.seeds for each in others),
     ]
 
 

@@ -90,7 +90,11 @@ def linear_probe(
     best = max(fits, key=lambda fit: float(fit.score(xv, yv)))
     targets = _targets(test)
     logits = torch.full((len(xt), int(max(y.max(), targets.max())) + 1), -torch.inf)
-    logits[:, best.classes_] = torch.from_numpy(best.predict_log_proba(xt)).float()
+    scores = torch.from_numpy(best.decision_function(xt)).float()
+    # of two classes it is the second's score above the first's; its log-probabilities would run into log(0)
+    logits[:, best.classes_] = (
+        scores if scores.dim() > 1 else torch.stack([torch.zeros_like(scores), scores], 1)
+    )
     return Predictions.of(logits, targets).figures_with_intervals()
 
 
