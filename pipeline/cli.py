@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,10 @@ import typer
 import typer.core
 
 from pipeline.commands.compare import compare
+from pipeline.commands.configuring import absolute, configure
 from pipeline.commands.options import ConfigFile, Model, Seed, Set
+from pipeline.commands.output import shown
+from pipeline.commands.plugins import plugins
 from pipeline.commands.register import register
 from pipeline.commands.status import status
 from pipeline.commands.sync import sync
@@ -20,7 +22,6 @@ from pipeline.commands.tune import tune
 from pipeline.errors import UserError, guarded, unknown
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
     from pipeline.layout import Layout
 
 app = typer.Typer(
@@ -138,7 +139,7 @@ def run(
         {
             "finetune.optimizer": optimizer,
             "finetune.objective": objective,
-            "model": None if model is None else _absolute(model),
+            "model": None if model is None else absolute(model),
             "prepare.task": task,
             "finetune.forward_passes": forward_passes,
             "seed": seed,
@@ -223,106 +224,7 @@ def show(
     typer.echo(text.rstrip() if as_json else table(json.loads(text)))
 
 
-class _Backends(typer.core.TyperGroup):
-    """``pipeline plugins nevergrad`` is short for ``pipeline plugins show nevergrad``."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in self.commands:
-            args = ["show", *args]
-        return super().resolve_command(ctx, args)
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-plugins = typer.Typer(cls=_Backends, rich_markup_mode=None)
 app.add_typer(plugins, name="plugins")
-
-
-@plugins.callback(invoke_without_command=True)
-def list_plugins(
-    context: typer.Context,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Import each, and build each optimizer; status 1 if one fails.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """List the installed plugins with their distribution and version, without importing one.
-
-    \b
-    pipeline plugins
-    pipeline plugins --verify
-    pipeline plugins nevergrad            # the variants of an optimizer, with their options
-    pipeline plugins new my-method        # writes a plugin of your own
-    """
-    from pipeline.entry_points import installed
-    from pipeline.verification import Verdict
-    from pipeline.verification import verify as tried
-
-    if context.invoked_subcommand:
-        if verify or as_json:
-            raise UserError(
-                "--verify and --json before a name are for the whole list; write --json behind it"
-            )
-        return
-    verdicts = tried() if verify else [Verdict(plugin, "") for plugin in installed()]
-    keys = ["kind", "name", "distribution", "version", "object"]
-    rows = [[p.kind, p.name, p.distribution, p.version, p.target] for p in (v.plugin for v in verdicts)]
-    if verify:
-        keys.append("error" if as_json else "verdict")
-        rows = [[*row, v.error or ("" if as_json else "ok")] for row, v in zip(rows, verdicts, strict=True)]
-    print_table(keys, rows, as_json)
-    if any(verdict.error for verdict in verdicts):
-        raise typer.Exit(1)
-
-
-@plugins.command("show")
-def show_backend(
-    backend: Annotated[str, typer.Argument(help="An optimizer of `pipeline plugins`.")],
-    as_json: Json = False,
-) -> None:
-    """List an optimizer's variants by family, with their options and defaults.
-
-    \b
-    pipeline plugins spsa
-    pipeline plugins nevergrad | grep DE
-    """
-    from pipeline.entry_points import load
-    from pipeline.registry import catalogue
-
-    rows: list[list[Any]] = []
-    for variant in catalogue(load("optimizer", backend)):
-        name = f"{backend}:{variant.name}" if variant.name else backend
-        options = variant.options if as_json else " ".join(f"{k}={v}" for k, v in variant.options.items())
-        rows.append([variant.family, name, variant.note, options])
-    print_table(["family", "optimizer", "note", "options"], rows, as_json)
-
-
-@plugins.command("new")
-def new_plugin(
-    name: Annotated[str, typer.Argument(help="The optimizer's name, as in --optimizer NAME.")],
-    into: Annotated[Path, typer.Option("--into", metavar="DIR", help="Where its folder is made.")] = Path(),
-) -> None:
-    """Write a distribution with an optimizer of your own: it installs, passes its test and trains as it is.
-
-    \b
-    pipeline plugins new demo && pip install ./demo && pytest demo
-    pipeline run --optimizer demo --forward-passes 200
-    """
-    from pipeline.scaffold import write_plugin
-
-    folder = shown(write_plugin(name, into).resolve())
-    place = folder if os.path.isabs(folder) else f"./{folder}"  # pip takes a bare name for a package's
-    typer.echo(f"{place}: now pip install {place} && pytest {place}")
-
-
-def print_table(keys: list[str], rows: list[list[Any]], as_json: bool) -> None:
-    """Rows under their keys, for a person or as JSON; empty last columns are left out."""
-    if as_json:
-        typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
-        return
-    table = [keys, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(keys))]
-    for row in table:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command()
@@ -360,63 +262,6 @@ def _closing(layout: Layout) -> None:
     made = [path for path in (layout.metrics, layout.report) if path.is_file()]
     held = ", ".join(path.name for path in made) or "no result yet: its evaluate stage has not run"
     typer.echo(f"\n{shown(layout.root)}: {held}. Review: pipeline ui")
-
-
-def configure(
-    file: Path | None,
-    files: dict[str, str | None],
-    flags: dict[str, Any],
-    assignments: list[str],
-    tuned: str | None = None,
-) -> Config:
-    """Parameters of a run: the file's, those found by tuning, then the user's data, then flags, then ``-S``.
-
-    ``--train`` replaces the data as a whole: the default's words for labels and its corpora are not its own.
-    """
-    from pipeline import config as configuration
-    from pipeline.layout import project_root
-
-    default = project_root() / "params.yaml"
-    if file is None and not default.is_file():
-        chosen = configuration.Config()
-    else:
-        chosen = configuration.read(file or default)
-    if tuned is not None:
-        from pipeline.runs import find
-        from pipeline.tuned import applied as with_found
-
-        chosen = with_found(chosen, find(tuned).tuned)
-    applied: dict[str, Any] = {}
-    if files.get("train") is not None:
-        applied = {f"prepare.{key}": None for key in ("validation", "test", "text", "label")}
-        applied |= {"prepare.corpus": ["task"], "finetune.descriptions": None, "finetune.verbalizers": None}
-    for key, value in files.items():
-        if value is not None:
-            applied[f"prepare.{key}"] = value if key in ("text", "label") else _absolute(value)
-    applied |= {key: value for key, value in flags.items() if value is not None}
-    chosen = configuration.updated(chosen, applied, source="pipeline run")
-    return _absolute_code(configuration.override(chosen, assignments))
-
-
-def _absolute_code(config: Config) -> Config:
-    """The user's own files, too, are meant from where the user stands."""
-    from pipeline import config as configuration
-    from pipeline.user_code import absolute
-
-    named = ("prepare.task", "pretrain.task", "pretrain.objective", "finetune.objective")
-    known = config.flat()
-    return configuration.updated(config, {key: absolute(known[key]) for key in named}, "pipeline run")
-
-
-def _absolute(source: str) -> str:
-    """Files are meant from where the user stands; runs live elsewhere."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be said."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def main() -> None:

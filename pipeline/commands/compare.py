@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from pipeline.commands.configuring import configure
 from pipeline.commands.options import ConfigFile, Model, Set
+from pipeline.commands.output import shown
 from pipeline.errors import UserError
 
 
@@ -39,7 +41,6 @@ def compare(
     the table.
     """
     from pipeline import runs
-    from pipeline.cli import configure, shown
     from pipeline.comparison.plan import Plan, parse_optimizers, parse_seeds
     from pipeline.comparison.run import NAME, plain
     from pipeline.comparison.run import compare as run

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.layout import Layout
+    from pipeline.commands.output import print_table
+from pipeline.layout import Layout
 
 KEYS = ("run", "stage", "state", "made", "commit", "tracked as")
 
@@ -27,7 +28,6 @@ def status(
     pipeline status spsa-1
     """
     from pipeline import runs
-    from pipeline.cli import print_table
     from pipeline.layout import Layout, project_root
     from pipeline.tracking import spool
 

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from pipeline.commands.configuring import configure
 from pipeline.commands.options import ConfigFile, Model, Seed, Set
+from pipeline.commands.output import shown
 from pipeline.errors import UserError
 
 
@@ -46,7 +48,6 @@ def tune(
     The same command again goes on with a study that was cut off, and with more --trials adds to it.
     """
     from pipeline import runs
-    from pipeline.cli import configure, shown
     from pipeline.layout import Layout
     from pipeline.tuning.run import digest
 

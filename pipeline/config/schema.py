@@ -1,21 +1,14 @@
 """Every parameter of a run: what ``params.yaml`` may say, its type, its default, and what it means.
 
 One dataclass a section. The comment above a field is its documentation; ``docs/parameters.md`` repeats it and
-a test keeps the two in step. Values are checked here and nowhere else.
+a test keeps the two in step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import re
-import types
-import typing
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
-
-from pipeline.errors import UserError, nearest
 
 
 def within(low: float, default: Any, high: float = float("inf")) -> Any:
@@ -200,6 +193,9 @@ class EvaluateConfig:
     adamw_evaluate_every: int = within(1, 120)
 
 
+SECTIONS = ("prepare", "pretrain", "tune", "finetune", "evaluate")
+
+
 @dataclass(frozen=True)
 class Config:
     """A whole run."""
@@ -228,7 +224,7 @@ class Config:
         """``{"finetune.epsilon": 0.1, …}``."""
         out: dict[str, Any] = {}
         for key, value in self.to_dict().items():
-            if dataclasses.is_dataclass(_hints(Config)[key]):
+            if key in SECTIONS:
                 out.update({f"{key}.{inner}": v for inner, v in value.items()})
             else:
                 out[key] = value
@@ -253,204 +249,3 @@ def with_yardstick(config: Config, optimizer: str = YARDSTICK) -> Config:
         patience=options.adamw_patience,
     )
     return dataclasses.replace(config, finetune=finetune)
-
-
-MAPPINGS = (
-    "finetune.descriptions",
-    "finetune.verbalizers",
-)  # parameters whose own keys can be set one by one
-_PLACE = re.compile(r"finetune\.then\[(\d+)\]")
-SECTIONS = ("prepare", "pretrain", "tune", "finetune", "evaluate")
-
-
-def read(path: Path) -> Config:
-    """The configuration a YAML file describes; what it leaves out keeps its default.
-
-    Raises:
-        UserError: no such file, not YAML, or a key or value that does not fit.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no configuration at {path}; pass --config FILE") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content or {}, dict):
-        raise UserError(f"{path} must map section names to values")
-    return build(content or {}, source=str(path))
-
-
-def build(content: dict[str, Any], source: str) -> Config:
-    """A configuration from nested plain values; ``source`` names them in errors.
-
-    Raises:
-        UserError: a key or value that does not fit.
-    """
-    config: Config = _build(Config, content, where="", source=source)
-    if config.tune.enabled and config.finetune.then:
-        raise UserError(f"{source}: tune searches one phase, and finetune.then names more: set it to []")
-    return config
-
-
-def write(config: Config, path: Path) -> None:
-    """Writes the configuration as YAML."""
-    import yaml
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def override(config: Config, assignments: list[str]) -> Config:
-    """``config`` with each ``section.key=value`` applied; values are read as YAML.
-
-    Raises:
-        UserError: an assignment without ``=``, an unknown key (the nearest is named), or a wrong type.
-    """
-    import yaml
-
-    values: dict[str, Any] = {}
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals:
-            raise UserError(f"'-S {assignment}' is not section.key=value")
-        try:
-            values[path.strip()] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # a ValueError is a date that is none
-            raise UserError(f"'-S {assignment}': the value is not readable YAML") from None
-    return updated(config, values, source="-S")
-
-
-def updated(config: Config, values: dict[str, Any], source: str) -> Config:
-    """``config`` with ``{"section.key": value}`` applied; ``source`` names them in errors.
-
-    ``finetune.descriptions.LABEL`` sets one description, ``finetune.then[0].KEY`` one value of a phase.
-
-    Raises:
-        UserError: an unknown key (the nearest is named), or a wrong type.
-    """
-    content, known = config.to_dict(), config.flat()
-    for path, value in values.items():
-        section, _, key = path.partition(".")
-        key, dot, inner = key.partition(".")
-        if path in known and not key:
-            content[section] = value
-        elif path in known:
-            content[section][key] = value
-        elif dot and f"{section}.{key}" in MAPPINGS and isinstance(content[section][key], dict | None):
-            content[section][key] = {**(content[section][key] or {}), inner: value}
-        elif inner and (place := _PLACE.fullmatch(f"{section}.{key}")):
-            _phase_at(content["finetune"]["then"], int(place[1]), source)[inner] = value
-        else:
-            hint = nearest(path, known) or "; see docs/parameters.md"
-            if dot and f"{section}.{key}" in known:
-                hint = (
-                    f"; '{section}.{key}' is one value, with its options in it: {section}.{key}=NAME,option=1"
-                )
-                if key not in ("optimizer", "space"):
-                    hint = f"; '{section}.{key}' is one value"
-            raise UserError(f"{source}: unknown parameter '{path}'{hint}")
-    return build(content, source)
-
-
-def _phase_at(phases: Any, place: int, source: str) -> dict[str, Any]:
-    if not isinstance(phases, list) or place >= len(phases) or not isinstance(phases[place], dict):
-        count = len(phases) if isinstance(phases, list) else 0
-        raise UserError(f"{source}: there is no finetune.then[{place}]: it has {count} phases, from [0] on")
-    phase: dict[str, Any] = phases[place]
-    return phase
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _build(cls: type, content: dict[str, Any], where: str, source: str) -> Any:
-    hints = _hints(cls)
-    names = [f.name for f in fields(cls)]
-    bounds = {f.name: f.metadata.get("within") for f in fields(cls)}
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        full = f"{where}{key}"
-        if key not in names:
-            hint = (
-                nearest(str(key), names)
-                or f"; '{where.rstrip('.') or 'the top level'}' takes {', '.join(names)}"
-            )
-            raise UserError(f"{source}: unknown parameter '{full}'{hint}")
-        wanted = hints[key]
-        if dataclasses.is_dataclass(wanted):
-            if not isinstance(value, dict):
-                raise UserError(f"{source}: '{full}' is a section, not a value")
-            values[key] = _build(typing.cast(type, wanted), value, f"{full}.", source)
-        else:
-            checked = _checked(full, value, wanted, source)
-            values[key] = _in_bounds(full, checked, bounds.get(key), source)
-    return cls(**values)
-
-
-def _checked(name: str, value: Any, wanted: Any, source: str) -> Any:
-    """``value`` as ``wanted``, or the one line that says what was expected.
-
-    YAML 1.1 reads ``1e-3`` as text; a float field takes it as the number it plainly is.
-    """
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if value is None and type(None) in options:
-        return None
-    kind = next(option for option in options if option is not type(None))
-    plain = typing.get_origin(kind) or kind
-    if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)
-    if plain is list and isinstance(value, str):
-        value = [value]
-    if type(value) is not plain:
-        shown = " ".join(str(value).split())
-        raise UserError(f"{source}: '{name}' takes {_readable(kind)}, not '{shown:.80}'")
-    if plain is list and typing.get_args(kind) != (str,):
-        return [_phase(f"{name}[{place}]", each, source) for place, each in enumerate(value)]
-    if plain is list:
-        return [_text(name, each, source) for each in value]
-    if plain is dict:
-        return {_text(name, key, source): _text(name, each, source) for key, each in value.items()}
-    return value
-
-
-def _phase(name: str, content: Any, source: str) -> dict[str, Any]:
-    """What a phase says, checked as finetune's own parameters are."""
-    if not isinstance(content, dict):
-        raise UserError(f"{source}: '{name}' takes a phase such as {{optimizer: spsa}}, not '{content}'")
-    for key in content:
-        if key not in PHASE:
-            hint = nearest(str(key), PHASE) or f"; it takes {', '.join(PHASE)}"
-            raise UserError(f"{source}: a phase cannot say '{name}.{key}'{hint}")
-    built = _build(FinetuneConfig, content, f"{name}.", source)
-    return {key: getattr(built, key) for key in content}
-
-
-def _text(name: str, value: Any, source: str) -> str:
-    """An element of a list or a mapping: text, or a whole number as it is written."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        # YAML reads an unquoted yes or no as true or false, and 1.10 as 1.1
-        raise UserError(f"{source}: '{name}' takes texts, not '{value}'; write it in quotes")
-    return str(value)
-
-
-def _in_bounds(name: str, value: Any, bounds: tuple[float, float] | None, source: str) -> Any:
-    if bounds is None or value is None:
-        return value
-    low, high = bounds
-    if not low <= value <= high or value == float("inf"):
-        wanted = f"at least {low:g} and finite" if isinstance(value, float) else f"at least {low:g}"
-        wanted = wanted if high == float("inf") else f"from {low:g} to {high:g}"
-        raise UserError(f"{source}: '{name}' must be {wanted}, got {value}")
-    return value
-
-
-def _readable(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if kind == list[dict[str, Any]]:
-        return "a list of phases"
-    origin = typing.get_origin(kind) or kind
-    return names.get(origin, {list: "a list of texts", dict: "a mapping of texts"}.get(origin, str(kind)))

@@ -1,0 +1,63 @@
+"""The parameters of a run, from everything that a command line says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+
+def configure(
+    file: Path | None,
+    files: dict[str, str | None],
+    flags: dict[str, Any],
+    assignments: list[str],
+    tuned: str | None = None,
+) -> Config:
+    """Parameters of a run: the file's, those found by tuning, then the user's data, then flags, then ``-S``.
+
+    ``--train`` replaces the data as a whole: the default's words for labels and its corpora are not its own.
+    """
+    from pipeline import config as configuration
+    from pipeline.layout import project_root
+
+    default = project_root() / "params.yaml"
+    if file is None and not default.is_file():
+        chosen = configuration.Config()
+    else:
+        chosen = configuration.read(file or default)
+    if tuned is not None:
+        from pipeline.runs import find
+        from pipeline.tuned import applied as with_found
+
+        chosen = with_found(chosen, find(tuned).tuned)
+    applied: dict[str, Any] = {}
+    if files.get("train") is not None:
+        applied = {f"prepare.{key}": None for key in ("validation", "test", "text", "label")}
+        applied |= {"prepare.corpus": ["task"], "finetune.descriptions": None, "finetune.verbalizers": None}
+    for key, value in files.items():
+        if value is not None:
+            applied[f"prepare.{key}"] = value if key in ("text", "label") else absolute(value)
+    applied |= {key: value for key, value in flags.items() if value is not None}
+    chosen = configuration.updated(chosen, applied, source="pipeline run")
+    return _absolute_code(configuration.override(chosen, assignments))
+
+
+def _absolute_code(config: Config) -> Config:
+    """The user's own files, too, are meant from where the user stands."""
+    from pipeline import config as configuration
+    from pipeline import user_code
+
+    named = ("prepare.task", "pretrain.task", "pretrain.objective", "finetune.objective")
+    known = config.flat()
+    return configuration.updated(
+        config, {key: user_code.absolute(known[key]) for key in named}, "pipeline run"
+    )
+
+
+def absolute(source: str) -> str:
+    """Files are meant from where the user stands; runs live elsewhere."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source

@@ -1,0 +1,36 @@
+"""Every parameter of a run: ``schema`` is what there is, ``checking`` what fits, ``reading`` how it comes."""
+
+from pipeline.config.reading import MAPPINGS, build, override, read, updated, write
+from pipeline.config.schema import (
+    PHASE,
+    SECTIONS,
+    YARDSTICK,
+    Config,
+    EvaluateConfig,
+    FinetuneConfig,
+    PrepareConfig,
+    PretrainConfig,
+    TrainConfig,
+    TuneConfig,
+    with_yardstick,
+)
+
+__all__ = [
+    "MAPPINGS",
+    "PHASE",
+    "SECTIONS",
+    "YARDSTICK",
+    "Config",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "PrepareConfig",
+    "PretrainConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "build",
+    "override",
+    "read",
+    "updated",
+    "with_yardstick",
+    "write",
+]
