@@ -88,7 +88,9 @@ def test_an_adapter_in_a_models_place_is_merged_once(
     # another base is another model
     model = auto(family).from_pretrained(tmp_path / "base")
     with torch.no_grad():
-        next(model.parameters()).add_(1.0)
+        list(model.parameters())[1].add_(
+            1.0
+        )  # the first is the embedding, which the adapter's head holds too
     model.save_pretrained(tmp_path / "base")
     assert locate(folder) != plain
 
@@ -131,6 +133,25 @@ def test_a_head_that_the_base_has_not_is_left_out(
         ours = merged.bert(input_ids=IDS).last_hidden_state
         theirs = tuned.base_model.model.bert(input_ids=IDS).last_hidden_state
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_trained_apart_from_its_tie_is_refused(gpt2: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        target_modules=["c_attn"], modules_to_save=["lm_head"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    with pytest.warns(UserWarning, match="tied"):
+        tuned: Any = get_peft_model(auto("gpt2").from_pretrained(gpt2), config)
+    tuned.save_pretrained(tmp_path / "as-it-was")
+    assert torch.equal(
+        logits(load_language_model(locate(str(tmp_path / "as-it-was")), "clm", 0)), logits(tuned)
+    )
+    with torch.no_grad():
+        tuned.base_model.model.lm_head.modules_to_save.default.weight.add_(1.0)
+    tuned.save_pretrained(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"lm_head\.weight was trained apart from transformer\.wte\.weight"):
+        locate(str(tmp_path / "moved"))
 
 
 def _changed(folder: Path, **values: Any) -> None:

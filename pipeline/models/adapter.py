@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models import loading
@@ -126,30 +128,43 @@ def _base(folder: Path) -> str:
 
 def _merge(folder: Path, base: str, out: Path) -> None:
     from peft import LoraConfig, PeftModel
+    from safetensors.torch import load_file
 
     model = loading.load_as_trained(base)
     root = _adapted(model, folder, base)
+    given = {key.removeprefix(_PREFIX): value for key, value in load_file(folder / WEIGHTS).items()}
+    _check_ties(folder, root.state_dict(), given)
     with loading.loading(str(folder)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whether the two fit is asked above
         config = LoraConfig.from_pretrained(str(folder))
         config.task_type = config.modules_to_save = None  # copies of modules would lose their ties
         PeftModel.from_pretrained(root, str(folder), config=config, torch_device="cpu").merge_and_unload()
-        _take_over(root, folder)
+        _take_over(root, given, folder)
     loading.save_model(model, out)
     own = (folder / "tokenizer_config.json").is_file()
     loading.load_tokenizer(str(folder) if own else base).save_pretrained(str(out))
 
 
-def _take_over(root: nn.Module, folder: Path) -> None:
+def _take_over(root: nn.Module, given: Mapping[str, Tensor], folder: Path) -> None:
     """Writes what was trained beside the factors into ``root``; a classifier's head may have no place."""
-    from safetensors.torch import load_file
-
-    given = {key.removeprefix(_PREFIX): value for key, value in load_file(folder / WEIGHTS).items()}
     known = root.state_dict().keys()
     root.load_state_dict({key: value for key, value in given.items() if key in known}, strict=False)
     left_out = {key.rpartition(".")[0] for key in given if key not in known and ".lora_" not in key}
     if left_out:
         print(f"{folder}: left out what its base has not: {', '.join(sorted(left_out))}", file=sys.stderr)
+
+
+def _check_ties(folder: Path, known: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """One tensor under several names cannot take what was trained under one of them alone."""
+    for name in given.keys() & known.keys():
+        own = known[name]
+        tied = [each for each, other in known.items() if other.data_ptr() == own.data_ptr() and each != name]
+        apart = [each for each in tied if each not in given or not torch.equal(given[each], given[name])]
+        if apart and not torch.equal(given[name].to(own), own):
+            raise UserError(
+                f"{folder}: {name} was trained apart from {apart[0]}, to which its base ties it; "
+                "merge the two with PEFT, untied, and name the model that this gives"
+            )
 
 
 def _adapted(model: PreTrainedModel, folder: Path, base: str) -> nn.Module:
