@@ -24,7 +24,7 @@ from pipeline.engine.evaluator import Engine
 from pipeline.entry_points import installed
 from pipeline.layout import Layout, project_root
 from pipeline.objective import cross_entropy
-from pipeline.optimizer import BudgetSpent, Problem
+from pipeline.optimizer import BudgetSpent, Problem, Stalled
 from pipeline.registry import Spec, create
 from pipeline.tasks.base import Start
 
@@ -90,7 +90,7 @@ def passes_to_target(spec: str, seed: int, engines: Engine, at: Setting) -> int:
     while True:
         try:
             optimizer.step(engines.bind(at.begin.batch(step + 10_000 * seed), step))
-        except BudgetSpent:
+        except (BudgetSpent, Stalled):
             return BUDGET
         step += 1
         if engines.forward_passes >= due:

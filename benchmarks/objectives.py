@@ -24,7 +24,7 @@ from pipeline import objective
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
 from pipeline.noise import derive
-from pipeline.optimizer import BudgetSpent, Problem
+from pipeline.optimizer import BudgetSpent, Problem, Stalled
 from pipeline.registry import Spec, create
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.batching import shuffled
@@ -108,7 +108,7 @@ def trained(at: Setting, texts: Texts, wanted: str, epsilon: float, rate: float,
             batch = Batch({"features": texts.features[rows]}, texts.labels[rows])
             optimizer.step(engine.bind(batch, step))
             step += 1
-    except BudgetSpent:
+    except (BudgetSpent, Stalled):  # a run that stalls keeps what it has
         return True
     except UserError:  # it diverged
         return False
@@ -129,7 +129,7 @@ def _points() -> list[tuple[float, float]]:
     return [(float(e), float(r)) for e, r in np.exp(low + unit * (high - low))]
 
 
-def row(data: str, wanted: str, metric_name: str, device: torch.device) -> Row:
+def row(data: str, wanted: str, metric_name: str, device: torch.device) -> Row | None:
     """The test's metric of an objective at its best point, over the seeds."""
     at, metric = setting(device), METRICS[metric_name]
     train, validation, test = splits(device)
@@ -139,11 +139,15 @@ def row(data: str, wanted: str, metric_name: str, device: torch.device) -> Row:
     for epsilon, rate in _points():
         if trained(at, train, wanted, epsilon, rate, TUNING_SEED):
             tried[epsilon, rate] = measured(at, validation, metric)
+    if not tried:
+        note(f"{data}, {wanted}: diverged at every point")
+        return None
     epsilon, rate = max(tried, key=lambda point: tried[point])
     note(f"{data}, {wanted}: epsilon {epsilon:.3g}, rate {rate:.3g}, validation {tried[epsilon, rate]:.4f}")
     found = []
     for seed in SEEDS:
-        trained(at, train, wanted, epsilon, rate, seed)
+        if not trained(at, train, wanted, epsilon, rate, seed):
+            note(f"{data}, {wanted}: seed {seed} diverged")
         found.append(measured(at, test, metric))
     return Row.of(f"{metric_name}/{data}/{wanted}", "", found)
 

@@ -76,15 +76,15 @@ def write_cloze(out: str) -> None:
     for book, chapter, verse in sorted(newer.keys() & older.keys()):
         asked, given = older[book, chapter, verse], newer[book, chapter, verse]
         names = [name for name in names_in(asked) if re.search(rf"\b{name}\b", given)]
-        names = [name for name in names if common[name] < 500 and asked.count(name) == 1]
+        names = [name for name in names if common[name] < 500 and len(re.findall(rf"\b{name}\b", asked)) == 1]
         if not names:
             continue
         around = (newer.get((book, chapter, n), "") for n in range(verse - CONTEXT, verse + CONTEXT + 1))
         context, name = " ".join(filter(None, around)), names[0]
-        answer = {"text": name, "answer_start": context.index(name)}
+        answer = {"text": name, "answer_start": re.search(rf"\b{name}\b", context).start()}
         question = {
             "id": f"{book} {chapter}:{verse}",
-            "question": asked.replace(name, BLANK),
+            "question": re.sub(rf"\b{name}\b", BLANK, asked),
             "answers": [answer],
         }
         found[split_of(book)].append({"context": context, "qas": [question]})

@@ -16,7 +16,8 @@ from pipeline import start
 from pipeline.config import YARDSTICK, Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout, partial
-from pipeline.models.loading import choose_device
+from pipeline.models.loading import choose_device, locate, self_supervised_task
+from pipeline.models.quantized import FORMATS
 from pipeline.noise import derive
 from pipeline.registry import Spec
 from pipeline.stage import fresh_folder
@@ -87,6 +88,37 @@ def of(config: Config) -> list[Phase]:
 def as_last(config: Config) -> Config:
     """``config`` with the last phase's section: what its result is measured by."""
     return replace(config, finetune=config.finetune.phases[-1])
+
+
+def as_first(config: Config) -> Config:
+    """``config`` with the first phase's section: what a run in one phase beside it goes by."""
+    return replace(config, finetune=config.finetune.phases[0])
+
+
+def check(config: Config) -> None:
+    """What can be told of the phases together before the first begins.
+
+    Raises:
+        UserError: they cannot follow each other.
+    """
+    options = config.finetune
+    if not options.then:
+        return
+    if config.dtype in FORMATS:
+        raise UserError(
+            f"finetune.then with dtype={config.dtype}: what a phase leaves is no longer held in few bits; "
+            "set dtype=float32 or bfloat16"
+        )
+    heads = {Spec.parse(each.space).backend == "head" for each in options.phases}
+    if (
+        options.template is not None
+        and len(heads) > 1
+        and self_supervised_task(locate(config.model)) == "clm"
+    ):
+        raise UserError(
+            "finetune.then: over head a decoder's template has a layer of its own, which no other space has; "
+            "give all phases the space head, or none"
+        )
 
 
 def leaves_record(optimizer: str) -> bool:

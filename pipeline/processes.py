@@ -39,19 +39,6 @@ def threads_of_each(count: int) -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """This process has ``count`` inside it."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Turns:
     """Numbers from 0 on, each given once, to whichever of some processes asks first."""
 

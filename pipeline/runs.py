@@ -86,6 +86,8 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
         check_template(config.finetune)
     if config.pretrain.enabled:
         _check_training(config.pretrain, config)
+    if config.prepare.task != "none":
+        phases.check(config)
     for phase in phases.of(config) if config.prepare.task != "none" else ():
         try:
             _check_training(phase.config.finetune, phase.config)

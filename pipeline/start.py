@@ -40,7 +40,8 @@ def task(config: Config, stage: str) -> Task:
         UserError: there is none of that name, or it is one for the other stage.
     """
     name = task_name(config, stage)
-    made = load("task", name)()
+    with user_code.watched(name, "when made"):
+        made = load("task", name)()
     if not isinstance(made, Task):
         raise UserError(f"task '{name}' is a {type(made).__name__}, which lacks methods of a Task")
     if made.reads != READS[stage]:
@@ -52,7 +53,9 @@ def task(config: Config, stage: str) -> Task:
 
 def begin(config: Config, layout: Layout, stage: str, folder: Path | None) -> Start:
     """`Task.start` of the stage's task. Raises UserError as it does."""
-    return task(config, stage).start(config, layout, folder)
+    chosen = task(config, stage)
+    with user_code.watched(task_name(config, stage), "where training starts"):
+        return chosen.start(config, layout, folder)
 
 
 def space(options: TrainConfig, config: Config, model: TaskModel) -> spaces.Space:

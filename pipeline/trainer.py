@@ -89,6 +89,8 @@ def train(
     before = None
     if resume and trajectory and Trajectory.begun(trajectory):
         before = Trajectory.read(trajectory)
+        if not before.steps:  # nothing is lost, and a file of one's own may have been mended
+            before = None
     training = _settled(training, space, before, say)
     header = _header(training, space)
     if before:

@@ -6,10 +6,11 @@ The file is run when it is loaded, as any Python file that is imported; nothing 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -79,6 +80,24 @@ def load(kind: str, reference: Reference) -> Any:
     return found
 
 
+@contextmanager
+def watched(name: str | Reference, doing: str) -> Iterator[None]:
+    """While it is entered the code that ``name`` may refer to is at work; ``doing`` says at what.
+
+    Raises:
+        UserError: where anything goes wrong in a user's file: one line that says where.
+    """
+    reference = name if isinstance(name, Reference) else Reference.parse(name)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if reference is None:
+            raise
+        raise UserError(f"{place(error, reference.path)} ({reference.name} {doing})") from error
+
+
 def place(error: BaseException, path: Path) -> str:
     """``reward.py, line 7: ValueError: …``: what went wrong, and where in the user's file."""
     lines = [
@@ -103,15 +122,15 @@ def _content(path: Path) -> bytes:
 
 def _module(path: Path) -> ModuleType:
     """The file as a module: run once, and again when it was changed."""
-    name = "pipeline_user_" + hashlib.sha256(str(path).encode() + _content(path)).hexdigest()[:16]
+    content = _content(path)
+    name = "pipeline_user_" + hashlib.sha256(str(path).encode() + content).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec
-    assert spec.loader
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
+    module = sys.modules[name] = ModuleType(name)  # dataclasses look for it there
+    module.__file__ = str(path.resolve())
     try:
-        spec.loader.exec_module(module)
+        # the bytes that `digests` notes: an import might run what the file was earlier in the same second
+        exec(compile(content, module.__file__, "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(place(error, path)) from error

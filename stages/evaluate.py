@@ -55,7 +55,10 @@ def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
             if why:
                 context.say(f"evaluate: AdamW is left out: {why}")
             else:
-                rows["adamw"] = _adamw(context, config, begin)
+                as_one = phases.as_first(config) if config.finetune.then else None
+                rows["adamw"] = _adamw(
+                    context, config, task.start(as_one, layout, layout.finetuned) if as_one else begin
+                )
     return {**metrics, **_flat(rows)}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline import phases, start
 from pipeline.measuring.evaluation import features, measured
 from pipeline.models.loading import make_plain
+from pipeline.models.quantized import FORMATS
 from pipeline.peak_memory import PeakMemory
 from pipeline.phases import Phase
 from pipeline.reporting.phase_figures import together
@@ -79,7 +80,8 @@ def _phase(context: Context, phase: Phase, root: Path, folder: Path, made: int) 
             on_measure=on_measure,
             say=context.say,
         )
-    if training.space.backend == "lora":
+    # of quantized weights the adapter's base would be the rounded ones, which nobody has
+    if training.space.backend == "lora" and config.dtype not in FORMATS:
         base, rank = phase.before(layout.finetuned) or layout.pretrained, training.space.options["rank"]
         begin.model.save_adapter(folder / "adapter", str(base.resolve()), rank)
     make_plain(begin.model.encoder)

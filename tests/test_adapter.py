@@ -150,8 +150,16 @@ def test_a_layer_trained_apart_from_its_tie_is_refused(gpt2: Path, tmp_path: Pat
     with torch.no_grad():
         tuned.base_model.model.lm_head.modules_to_save.default.weight.add_(1.0)
     tuned.save_pretrained(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"lm_head\.weight was trained apart from transformer\.wte\.weight"):
+    apart = r"lm_head\.weight was trained apart from transformer\.wte\.weight"
+    with pytest.raises(UserError, match=apart):
         locate(str(tmp_path / "moved"))
+    config = LoraConfig(target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="tied"):
+        tuned = get_peft_model(auto("gpt2").from_pretrained(gpt2), config)
+    with pytest.warns(UserWarning, match="embedding"):
+        tuned.save_pretrained(tmp_path / "factors")
+    with pytest.raises(UserError, match=apart):
+        locate(str(tmp_path / "factors"))
 
 
 def _changed(folder: Path, **values: Any) -> None:

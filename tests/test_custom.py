@@ -11,8 +11,8 @@ import torch
 
 from pipeline import user_code
 from pipeline.errors import UserError
-from pipeline.objective import cross_entropy, judge, parse
-from pipeline.tasks.base import Batch
+from pipeline.objective import TextObjective, cross_entropy, judge, parse
+from pipeline.tasks.base import Asked, Batch
 from pipeline.trajectory import Trajectory
 from tests.test_cli import pipeline, small
 
@@ -104,9 +104,8 @@ def test_a_file_that_cannot_be_used_is_one_line(
     ("body", "said"),
     [
         ("logits.mean() / 0 + float('nan') + logits.mean((-1, -2))", "gave NaN at finite logits"),
-        ("1 / 0", r"reward.py, line 2: ZeroDivisionError: division by zero \(the objective score, at logits"),
-        ("logits", r"gave .* for \d candidates; it must give a tensor of a loss for each"),
-        ("0.5", r"the objective gave float for \d candidates"),
+        ("1 / 0", r"reward.py, line 2: ZeroDivisionError: division by zero \(score at logits"),
+        ("logits", r"reward.py:score gave .* a tensor of a loss for each of \d candidates, of the shape"),
     ],
 )
 def test_what_goes_wrong_while_it_runs_is_one_line(
@@ -122,6 +121,121 @@ def test_what_goes_wrong_while_it_runs_is_one_line(
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert re.search(said, done.stderr), done.stderr
+
+
+CANDIDATES = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]])
+
+
+@pytest.mark.parametrize("text", ["{}", "cross_entropy+0.5*{}", "0.5*{}"])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "0.5",
+            r"reward.py:score gave float at logits .*; it must give a tensor of a loss for each",
+        ),
+        ("logits.mean()", r"reward.py:score gave \(\) at logits"),
+        ("logits", r"reward.py:score gave \(2, 2, 2\) at logits"),
+        ("logits.mean((-1, -2)) / 0 * 0", "reward.py:score gave NaN at finite logits"),
+        ("logits.sum((-1, -2)) / 0", "reward.py:score gave an infinite loss at finite logits"),
+        ("{}[1]", r"reward.py, line 2: KeyError: 1 \(score at logits"),
+    ],
+)
+def test_what_a_function_gives_is_looked_at_in_sums_too(
+    body: str, said: str, text: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path, f"def score(logits, targets):\n    return {body}\n")
+    with pytest.raises(UserError, match=said):
+        judge(parse(text.format(f"{path}:score")), BATCH)(CANDIDATES.clone())
+
+
+def test_with_a_gradient_one_loss_is_wanted(tmp_path: Path) -> None:
+    path = written(tmp_path, "def score(logits, targets):\n    return logits.sum((-1, -2))\n")
+    assert judge(parse(f"{path}:score"), BATCH)(LOGITS[0].clone()).shape == ()
+    path = written(tmp_path, "def score(logits, targets):\n    return logits.sum(-1)\n")
+    with pytest.raises(UserError, match=r"gave \(2,\) at .* give a tensor of one loss, of the shape \(\)"):
+        judge(parse(f"{path}:score"), BATCH)(LOGITS[0].clone())
+
+
+OF_OUTPUTS = """\
+class Mine:
+    def __init__(self, load):
+        {made}
+
+    def on(self, batch):
+        {on}
+        return lambda logits: logits.sum((-1, -2))
+"""
+OF_TEXTS = """\
+class Mine:
+    def __init__(self, load):
+        pass
+
+    def scores(self, asked, completions):
+        return {scores}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            OF_OUTPUTS.format(made="1 / 0", on="pass"),
+            r"line 3: ZeroDivisionError: .* \(Mine when made\)",
+        ),
+        (
+            OF_OUTPUTS.format(made="pass", on="batch.none"),
+            r"line 6: AttributeError: .* \(Mine at a batch",
+        ),
+        ("class Mine:\n    def on(self, batch):\n        pass\n", r"reward.py: TypeError: .*takes no argu"),
+        (OF_TEXTS.format(scores="[1.0]"), "reward.py:Mine gave 1 scores of 2 completions"),
+        (
+            OF_TEXTS.format(scores="[1.0, float('nan')]"),
+            "Mine gave the score nan; each must be finite",
+        ),
+        (OF_TEXTS.format(scores="[1.0, None]"), "reward.py: TypeError: .* at 2 completions"),
+        (OF_TEXTS.format(scores="{}[1]"), r"reward.py, line 6: KeyError: 1 \(Mine at 2 completions\)"),
+    ],
+)
+def test_a_class_that_fails_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    path = written(tmp_path, text)
+
+    def use() -> None:
+        made = parse(f"{path}:Mine")
+        if isinstance(made, TextObjective):
+            made.loss(Asked({}, ("a", "b"), None, (), 0), ["c", "d"])
+        else:
+            judge(made, BATCH)(LOGITS.clone())
+
+    with pytest.raises(UserError, match=said) as caught:
+        use()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def start(self, config, layout, folder):\n        1 / 0", "my_task.py, line 5: ZeroDivisionError"),
+        ("def __init__(self):\n        1 / 0", "my_task.py, line 5: ZeroDivisionError"),
+        ("data = 'own'\n    def rows(self, config):\n        1 / 0", "my_task.py, line 6: ZeroDivisionError"),
+        (
+            "data = 'own'\n    def rows(self, config):\n        return {}",
+            "gives a dict; it must",
+        ),
+    ],
+)
+def test_a_task_that_fails_is_one_line(body: str, said: str, bert: Path, table: Path, tmp_path: Path) -> None:
+    head = "from pipeline.tasks.kinds import Classification\n\nclass MyTask(Classification):\n"
+    written(tmp_path, f"{head}    {body}\n", "my_task.py")
+    given = ["--train", str(table), "--text", "review", "--label", "verdict"] if "own" not in body else []
+    done = pipeline(
+        *("run", "--name", "mine", "--task", "./my_task.py:MyTask", *given, *small(bert)),
+        *("-S", "pretrain.enabled=false", "-S", "prepare.corpus=[]", "--no-baselines"),
+        home=tmp_path,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert said in done.stderr
 
 
 def test_what_is_wrong_is_said_before_anything_is_computed(table: Path, bert: Path, tmp_path: Path) -> None:
@@ -153,6 +267,23 @@ def test_a_run_is_not_resumed_with_another_file(bert: Path, table: Path, tmp_pat
     assert "reward.py was changed since the run began" in refused.stderr
     written(tmp_path, LOSS)
     assert pipeline("run", "--resume", "mine", home=tmp_path).returncode == 0
+
+
+def test_a_run_whose_file_failed_at_the_first_step_goes_on_once_it_is_mended(
+    bert: Path, table: Path, tmp_path: Path
+) -> None:
+    written(tmp_path, LOSS.replace(".mean(-1)", "[1 / 0]"))
+    done = pipeline(
+        *("run", "--name", "mine", "--train", str(table), "--text", "review", "--label", "verdict"),
+        *("--objective", "./reward.py:score", *small(bert), "-S", "pretrain.enabled=false"),
+        *("--no-baselines", "-S", "finetune.epsilon=1", "--to", "finetune"),
+        home=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "reward.py, line 3: ZeroDivisionError" in done.stderr
+    written(tmp_path, LOSS)
+    again = pipeline("run", "--resume", "mine", home=tmp_path)
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize("objective", ["length", "chrf"])

@@ -264,6 +264,15 @@ def test_a_phase_that_does_not_fit_is_one_line_that_says_which(assignments: list
     assert "\n" not in str(caught.value)
 
 
+def test_phases_that_cannot_follow_each_other_are_refused(gpt2: Path) -> None:
+    chain = [f"model={gpt2}", "finetune.then=[{space: 'lora,rank=2'}]", "finetune.template='{text} It was'"]
+    with pytest.raises(UserError, match="a layer of its own, which no other space has"):
+        phases.check(config.override(Config(), [*chain, "finetune.space=head"]))
+    phases.check(config.override(Config(), [*chain, "finetune.space=biases"]))
+    with pytest.raises(UserError, match=r"finetune\.then with dtype=int8"):
+        phases.check(config.override(Config(), ["finetune.then=[{}]", "dtype=int8"]))
+
+
 @pytest.mark.parametrize(
     ("phase", "error"),
     [

@@ -92,6 +92,17 @@ def test_columns_are_read(answers: object, tmp_path: Path) -> None:
     assert Question.of(rows.texts[0], (rows.labels or [""])[0]).starts == (35,)
 
 
+def test_answers_that_are_no_texts_are_read_or_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    answers = [1945, {"text": ["war"], "answer_start": [None]}, {"answer_start": [3]}, None]
+    rows = [{"question": f"q{i}", "context": "the war of 1945", "answer": a} for i, a in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = questions.read(str(path), question=None, answers=None)
+    found = [Question.of(*both) for both in zip(read.texts, read.labels, strict=True)]
+    assert [(each.answers, each.starts) for each in found] == [(("1945",), (11,)), (("war",), (4,))]
+    assert read.empty == 2
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

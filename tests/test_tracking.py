@@ -9,9 +9,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,18 @@ def test_processes_borrow_the_scribe_of_the_one_that_started_them(home: Path) ->
     ]
     assert rows(home, "select count(*) from metrics where value = 1.0") == [(3,)]
     assert rows(home, "select count(*) from tags where key = 'mlflow.parentRunId'") == [(3,)]
+
+
+def test_lending_ends_though_callers_died_while_they_were_let_in(home: Path) -> None:
+    def lend() -> None:
+        with lending() as address:
+            for _ in range(20):
+                Client(address).close()  # it gives no answer to the desk's challenge
+
+    lender = threading.Thread(target=lend, daemon=True)
+    lender.start()
+    lender.join(60)
+    assert not lender.is_alive()
 
 
 def cmdline(process: psutil.Process) -> list[str]:

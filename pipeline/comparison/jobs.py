@@ -95,6 +95,8 @@ def _runs(plan: Plan, starts: Mapping[int, Job]) -> list[Job]:
     AdamW's begin before those: they take longest, and move what features would be computed from.
     """
     tuned = [each for each in plan.optimizers if not plan.tune or plan.study(each).tuned.is_file()]
+    if not tuned:
+        return []
     first = {seed: _run_of(plan, tuned[0], seed, starts.get(seed), yardsticks=True) for seed in plan.seeds}
     slow = [each for each in tuned[1:] if Spec.parse(each).backend == YARDSTICK]
     others = [each for each in tuned[1:] if each not in slow]
@@ -141,7 +143,7 @@ def _run(pool: ProcessPoolExecutor, jobs: Sequence[Job], parent: str | None, say
             bar.update()
             if bar.disable:
                 say(f"  {job.label}: {error or 'done'}")
-            if error and job.base is None:
+            if error and "prepare" in job.stages:
                 raise UserError(f"{job.label}: {error}")
 
 
@@ -189,8 +191,9 @@ def _do(parent: str | None, job: Job) -> str:
         try:
             runs.execute(job.config, layout, left, resume=layout.params.is_file(), parent=parent)
         except UserError as error:
-            layout.root.mkdir(parents=True, exist_ok=True)
-            (layout.root / ERROR).write_text(str(error), encoding="utf-8")
+            if not job.again:  # else the run itself is whole
+                layout.root.mkdir(parents=True, exist_ok=True)
+                (layout.root / ERROR).write_text(str(error), encoding="utf-8")
             return str(error)
         save()
     return ""

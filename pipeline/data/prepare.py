@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import user_code
 from pipeline.config import Config, PrepareConfig
 from pipeline.data import card as cards
 from pipeline.data import questions
@@ -93,7 +94,14 @@ def _prepare_own(config: Config, layout: Layout) -> dict[str, Any]:
     name = config.prepare.task
     if config.prepare.corpus:
         raise UserError(f"the rows of {name} are no text to pretrain on: set prepare.corpus=[]")
-    rows: DatasetDict = load_plugin("task", name)().rows(config)
+    from datasets import DatasetDict
+
+    if config.prepare.shots is not None:
+        raise UserError(f"{name} chooses its own rows: prepare.shots does not hold there; set it to null")
+    with user_code.watched(name, "its rows"):
+        rows = load_plugin("task", name)().rows(config)
+    if not isinstance(rows, DatasetDict):
+        raise UserError(f"the task {name} gives a {type(rows).__name__}; it must give a datasets.DatasetDict")
     if set(rows) != {"train", "validation", "test"}:
         raise UserError(f"the task {name} gives {', '.join(rows)}; it must give train, validation and test")
     card = cards.own(name, rows)

@@ -109,9 +109,11 @@ def _spans(answers: Any, context: str) -> list[tuple[str, int]]:
             {"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=False)
         ] or texts
     spans = []
-    for each in [answers] if isinstance(answers, str) else answers or []:
+    for each in answers if isinstance(answers, list | tuple) else [answers]:
         span = each if isinstance(each, dict) else {"text": each}
-        text, start = span["text"], int(span.get("answer_start", -1))
+        text, start = span.get("text"), span.get("answer_start")
+        text = "" if text is None else str(text)
+        start = -1 if start is None else int(start)
         if start < 0 or not context.startswith(text, start):
             start = context.find(text) if text else -1
         spans.append((text, start))

@@ -156,11 +156,17 @@ def _take_over(root: nn.Module, given: Mapping[str, Tensor], folder: Path) -> No
 
 def _check_ties(folder: Path, known: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """One tensor under several names cannot take what was trained under one of them alone."""
-    for name in given.keys() & known.keys():
+    factored = {f"{name.split('.lora_')[0]}.weight" for name in given if ".lora_" in name}
+    for name in (given.keys() | factored) & known.keys():
         own = known[name]
         tied = [each for each, other in known.items() if other.data_ptr() == own.data_ptr() and each != name]
-        apart = [each for each in tied if each not in given or not torch.equal(given[each], given[name])]
-        if apart and not torch.equal(given[name].to(own), own):
+        moved = name in factored or not torch.equal(given[name].to(own), own)
+        apart = [
+            each
+            for each in tied
+            if name in factored or each not in given or not torch.equal(given[each], given[name])
+        ]
+        if moved and apart:
             raise UserError(
                 f"{folder}: {name} was trained apart from {apart[0]}, to which its base ties it; "
                 "merge the two with PEFT, untied, and name the model that this gives"

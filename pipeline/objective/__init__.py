@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline import user_code
 from pipeline.entry_points import load
 from pipeline.errors import UserError
 from pipeline.objective.base import AnyObjective, BatchObjective, Objective, judge
@@ -22,7 +23,7 @@ from pipeline.objective.outputs import cosine, cross_entropy, error, f1, margin,
 from pipeline.objective.sums import Sum, terms
 from pipeline.objective.teacher import Divergence, Load
 from pipeline.objective.texts import Each, TextObjective, TextScore, is_score, positional
-from pipeline.objective.users import UsersObjective
+from pipeline.objective.users import UsersObjective, UsersScores
 from pipeline.registry import Spec, check_options
 from pipeline.tasks.base import TaskModel
 from pipeline.user_code import Reference
@@ -78,14 +79,17 @@ def _one(text: str, load_model: Load) -> AnyObjective | TextScore:
     options = check_options("objective", spec, behind)
     made: Any
     if isinstance(behind, type):
-        made = behind(load_model, **options)
+        with user_code.watched(reference or "", "when made"):
+            made = behind(load_model, **options)
     elif is_score(behind):
         return Each(behind, spec.backend, options, reference)
     else:
         made = partial(behind, **options) if options else behind
         if reference:
             _check_parameters(behind, reference)
-    if reference and not isinstance(made, TextScore):
+    if reference and isinstance(made, TextScore):
+        return UsersScores(made, reference)
+    if reference:
         return UsersObjective(made, reference)
     found: AnyObjective | TextScore = made
     return found

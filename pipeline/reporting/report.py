@@ -170,7 +170,7 @@ def _result(metrics: dict[str, Any], config: Config) -> str:
 
 def _further(metrics: dict[str, Any], config: Config) -> str:
     """The figures beneath the headline, each with its 95% interval, as far as there are any."""
-    names = _names(f"**{config.finetune.optimizer}** (this run)")
+    names = _names(f"**{config.finetune.method}** (this run)")
     found = [(name, *(_bounded(metrics, f"{row}/{key}") for key in FURTHER)) for row, name in names.items()]
     found = [cells for cells in found if any(cells[1:])]
     if not found:

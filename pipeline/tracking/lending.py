@@ -13,19 +13,22 @@ from typing import Any
 from pipeline.tracking.process import Scribe, the_scribe, use
 from pipeline.tracking.store import killed
 
+_CALLERS = 128  # that may wait to be heard at once
+
 
 class LentScribe(Scribe):
-    """Another process's, at the ``address`` that it lends it at; who lent it waits for what is written."""
+    """Another process's, at the other end of ``line``; who lent it waits for what is written."""
 
-    def __init__(self, address: str) -> None:
-        self._line = Client(address, authkey=current_process().authkey)
+    def __init__(self, line: Connection) -> None:
+        self._line = line
+        self._writing = threading.Lock()
 
     @property
     def alive(self) -> bool:
         return True
 
     def send(self, message: dict[str, Any]) -> None:
-        with suppress(OSError):  # the lender is gone, and this process ends with it
+        with self._writing, suppress(OSError):  # the lender is gone, and this process ends with it
             self._line.send_bytes(json.dumps(message).encode())
 
     def _await(self, run: str) -> None:
@@ -34,52 +37,62 @@ class LentScribe(Scribe):
 
 @contextmanager
 def lending() -> Iterator[str]:
-    """The address at which processes started by this one `borrow` its scribe; empty where tracking is off.
+    """The address at which processes started by this one `borrow` its scribe.
 
-    In the end it has all that they sent.
+    In the end it has all that they sent. Empty where tracking is off or no address is to be had: then
+    each has its own.
     """
-    scribe = the_scribe()
-    if scribe is None:
+    listener = None
+    if the_scribe() is not None:
+        with suppress(OSError):  # a TMPDIR too long for the name of a socket
+            listener = Listener(backlog=_CALLERS, authkey=current_process().authkey)
+    if listener is None:
         yield ""
         return
-    with Listener(authkey=current_process().authkey) as listener:
-        address, ending = str(listener.address), threading.Event()
-        desk = threading.Thread(target=_serve, args=(listener, scribe, ending), daemon=True)
-        desk.start()
-        try:
-            yield address
-        finally:
-            ending.set()
-            Client(address, authkey=current_process().authkey).close()  # wakes the desk
-            desk.join()
+    address, ending = str(listener.address), threading.Event()
+    desk = threading.Thread(target=_serve, args=(listener, ending), daemon=True)
+    desk.start()
+    try:
+        yield address
+    finally:
+        ending.set()
+        with suppress(OSError):
+            Client(address).close()  # wakes the desk; it must not wait for an answer
+        desk.join()
+        listener.close()
 
 
 def borrow(address: str) -> None:
-    """Has this process use the scribe that the one that started it lends."""
+    """Has this process use the scribe that the one that started it lends; its own where that fails."""
     if address:
-        use(LentScribe(address))
+        with suppress(OSError, EOFError, AuthenticationError):
+            use(LentScribe(Client(address, authkey=current_process().authkey)))
 
 
-def _serve(listener: Listener, scribe: Scribe, ending: threading.Event) -> None:
+def _serve(listener: Listener, ending: threading.Event) -> None:
     """Takes callers until it is ``ending``, then hears those out that it has."""
     callers = []
     while not ending.is_set():
         with suppress(OSError, EOFError, AuthenticationError):  # no process of ours, or a dead one
-            line = listener.accept()
-            callers.append(threading.Thread(target=_pass_on, args=(line, scribe), daemon=True))
+            callers.append(threading.Thread(target=_pass_on, args=(listener.accept(),), daemon=True))
             callers[-1].start()
     for each in callers:
         each.join()
 
 
-def _pass_on(line: Connection, scribe: Scribe) -> None:
+def _pass_on(line: Connection) -> None:
     """A run that is open when its process ends was killed with it."""
-    running: set[str] = set()
-    with line, suppress(OSError, EOFError):
+    running: dict[str, Scribe] = {}
+    with line, suppress(OSError, EOFError, ValueError):  # a ValueError is a message that broke off
         while True:
             message = json.loads(line.recv_bytes())
-            (running.discard if message["do"] == "end" else running.add)(message["run"])
-            scribe.send(message)
-    for run in running:
+            run = message["run"]
+            if message["do"] == "start" and (scribe := the_scribe()):  # anew, if the last one has died
+                running[run] = scribe
+            if run in running:
+                running[run].send(message)
+            if message["do"] == "end":
+                running.pop(run, None)
+    for run, scribe in running.items():
         for last in killed():
             scribe.send({"run": run, **last})

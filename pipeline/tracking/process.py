@@ -73,7 +73,7 @@ class ScribeProcess(Scribe):
             with self._writing:
                 self._process.stdin.write(json.dumps(message) + "\n")
                 self._process.stdin.flush()
-        except OSError:  # it is gone, and `end` says so
+        except (OSError, ValueError):  # it is gone, or closed, and `end` says so
             return
 
     def _await(self, run: str) -> None:
@@ -106,6 +106,7 @@ class ScribeProcess(Scribe):
 
 
 _scribe: Scribe | None = None
+_starting = threading.Lock()
 
 
 def the_scribe() -> Scribe | None:
@@ -115,9 +116,10 @@ def the_scribe() -> Scribe | None:
         return None
     if importlib.util.find_spec("mlflow") is None:
         return None
-    if _scribe is None or not _scribe.alive:
-        _scribe = ScribeProcess()
-    return _scribe
+    with _starting:
+        if _scribe is None or not _scribe.alive:
+            _scribe = ScribeProcess()
+        return _scribe
 
 
 def use(scribe: Scribe) -> None:

@@ -18,9 +18,10 @@ from pipeline.engine.shared import reread, save, sharing
 from pipeline.errors import UserError, guarded
 from pipeline.layout import Layout
 from pipeline.measuring.predictions import MINIMISED
-from pipeline.processes import Turns, context, cores, end_with_parent, threads, threads_of_each
+from pipeline.processes import Turns, context, cores, end_with_parent, threads_of_each
 from pipeline.stage import read_metrics
 from pipeline.tracking.lending import borrow, lending
+from pipeline.trajectory import threads
 from pipeline.tuning.features import compute_part
 from pipeline.tuning.search import assignments, searched, values_of
 from pipeline.tuning.study import Study, Taken
