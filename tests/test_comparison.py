@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from pipeline.comparison.jobs import planned
 from pipeline.comparison.page import page
-from pipeline.comparison.plan import parse_optimizers, parse_seeds
+from pipeline.comparison.plan import Plan, parse_optimizers, parse_seeds
 from pipeline.comparison.run import plain
 from pipeline.comparison.statistics import paired, spread
 from pipeline.comparison.table import markdown
+from pipeline.config import Config
 from pipeline.errors import UserError
 
 LARGE = "cmaes:SepCMA,population_size=200"  # a generation of it is more than the budget
@@ -59,6 +61,25 @@ def test_seeds_are_a_count_or_a_list() -> None:
     for text in ("0", "a", "1,1", "-1", ""):
         with pytest.raises(UserError, match="--seeds"):
             parse_seeds(text)
+
+
+def test_a_run_waits_for_what_it_reads_and_no_more(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, Config(), ("spsa", "es", "adamw"), (0, 1))
+    after = {job.label: job.after.label if job.after else None for job in planned(plan)}
+    assert after == {
+        "start of seed 0": None,
+        "start of seed 1": None,
+        "spsa, seed 0": "start of seed 0",
+        "spsa, seed 1": "start of seed 1",
+        "adamw, seed 0": "start of seed 0",
+        "adamw, seed 1": "start of seed 1",
+        "es, seed 0": "spsa, seed 0",
+        "es, seed 1": "spsa, seed 1",
+    }
+
+
+def test_where_every_study_was_refused_nothing_runs(tmp_path: Path) -> None:
+    assert planned(Plan(tmp_path, Config(), ("spsa", "adamw"), (0,), tune=2)) == []
 
 
 def test_a_paired_interval_is_scipys_bootstrap_and_repeats() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -55,12 +55,44 @@ def run_all(plan: Plan, workers: int, parent: str | None, say: Say) -> None:
         UserError: a start could not be made, or a process ended early.
     """
     with _pool(workers, plan.root / "features") as pool:
-        starts = _starts(plan)
         if plan.tune:
-            _run(pool, [*starts.values(), *_studies(plan, starts)], parent, say, "tune")
-            starts = {}
-        _run(pool, [*starts.values(), *_runs(plan, starts)], parent, say, "compare")
+            _run(pool, studies(plan), parent, say, "tune")
+        _run(pool, planned(plan), parent, say, "compare")
         _run(pool, _missing_yardsticks(plan), parent, say, "yardsticks")
+
+
+def studies(plan: Plan) -> list[Job]:
+    """What is run before: the seeds' starts, and each optimizer's study."""
+    starts = _starts(plan)
+    base, after = plan.base(plan.tuning_seed), starts[plan.tuning_seed]
+    return [
+        *starts.values(),
+        *(
+            Job(f"tuning {each}", plan.study_config(each), plan.study(each), ("tune",), base, after)
+            for each in plan.optimizers
+        ),
+    ]
+
+
+def planned(plan: Plan) -> list[Job]:
+    """The runs of what was not refused when it was tuned, and the seeds' starts unless `studies` made them.
+
+    The first run of a seed has its yardsticks, and leaves the features of its texts to the others. AdamW's
+    begin before those: they take longest, and move what features would be computed from.
+    """
+    tuned = [each for each in plan.optimizers if not plan.tune or plan.study(each).tuned.is_file()]
+    if not tuned:
+        return []
+    starts = {} if plan.tune else _starts(plan)
+    first = {seed: _run_of(plan, tuned[0], seed, starts.get(seed), yardsticks=True) for seed in plan.seeds}
+    slow = [each for each in tuned[1:] if Spec.parse(each).backend == YARDSTICK]
+    others = [each for each in tuned[1:] if each not in slow]
+    return [
+        *starts.values(),
+        *first.values(),
+        *(_run_of(plan, each, seed, starts.get(seed)) for each in slow for seed in plan.seeds),
+        *(_run_of(plan, each, seed, first[seed]) for seed in plan.seeds for each in others),
+    ]
 
 
 def failure(plan: Plan, optimizer: str, seed: int) -> str:
@@ -79,32 +111,6 @@ def _starts(plan: Plan) -> dict[int, Job]:
         seed: Job(f"start of seed {seed}", plan.base_config(seed), plan.base(seed), ("prepare", "pretrain"))
         for seed in needed
     }
-
-
-def _studies(plan: Plan, starts: Mapping[int, Job]) -> list[Job]:
-    base, after = plan.base(plan.tuning_seed), starts[plan.tuning_seed]
-    return [
-        Job(f"tuning {each}", plan.study_config(each), plan.study(each), ("tune",), base, after)
-        for each in plan.optimizers
-    ]
-
-
-def _runs(plan: Plan, starts: Mapping[int, Job]) -> list[Job]:
-    """The first run of each seed has its yardsticks, and leaves the features of its texts to the others.
-
-    AdamW's begin before those: they take longest, and move what features would be computed from.
-    """
-    tuned = [each for each in plan.optimizers if not plan.tune or plan.study(each).tuned.is_file()]
-    if not tuned:
-        return []
-    first = {seed: _run_of(plan, tuned[0], seed, starts.get(seed), yardsticks=True) for seed in plan.seeds}
-    slow = [each for each in tuned[1:] if Spec.parse(each).backend == YARDSTICK]
-    others = [each for each in tuned[1:] if each not in slow]
-    return [
-        *first.values(),
-        *(_run_of(plan, each, seed, starts.get(seed)) for each in slow for seed in plan.seeds),
-        *(_run_of(plan, each, seed, first[seed]) for seed in plan.seeds for each in others),
-    ]
 
 
 def _run_of(plan: Plan, optimizer: str, seed: int, after: Job | None, *, yardsticks: bool = False) -> Job:
