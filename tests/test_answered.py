@@ -43,6 +43,21 @@ def test_it_starts_as_the_language_model_and_is_kept(
         TextClassifier.load(tmp_path)
 
 
+def test_states_may_be_narrower_than_the_model_within(folder_of: dict[str, Path], tmp_path: Path) -> None:
+    """As OPT-350m's, which are projected on their way out."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig.from_pretrained(folder_of["opt"], word_embed_proj_dim=16)
+    narrow = OPTForCausalLM(config)
+    model = AnswerClassifier(narrow.base_model, 16, ["down", "up"]).eval()
+    _, batch = completing_model(folder_of["opt"], WORDS)
+    with torch.inference_mode():
+        logits = model(batch)
+    model.save(tmp_path, load_tokenizer(str(folder_of["opt"])))
+    with torch.inference_mode():
+        torch.testing.assert_close(load(tmp_path)(batch), logits)
+
+
 def test_a_search_of_the_head_reads_each_text_once(folder_of: dict[str, Path]) -> None:
     prompted, batch = completing_model(folder_of["gpt2"], WORDS)
     model = AnswerClassifier(prompted.encoder, 32, ["down", "up"]).eval()

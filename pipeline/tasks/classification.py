@@ -110,6 +110,8 @@ class TextClassifier(TaskModel):
         Raises:
             UserError: the folder holds no classifier, or one of another class.
         """
+        from safetensors.torch import load_file
+
         from pipeline.models.loading import load_encoder
 
         if not (folder / HEAD_CONFIG).is_file():
@@ -118,8 +120,9 @@ class TextClassifier(TaskModel):
         if (reads := head.get("reads", TextClassifier.reads)) != cls.reads:
             raise UserError(f"{folder} holds a classifier of a {reads}, where one of a {cls.reads} is needed")
         encoder = load_encoder(str(folder), "auto")
-        model = cls(encoder, encoder.config.hidden_size, head["labels"], head["pooled_layers"])
-        model.load_head(folder / HEAD_FILE)
+        values = load_file(folder / HEAD_FILE)
+        model = cls(encoder, len(values["mean"]), head["labels"], head["pooled_layers"])
+        model.set_head(values)
         return model.eval()
 
 
