@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.commands.output import print_table
+
 if TYPE_CHECKING:
-    from pipeline.commands.output import print_table
-from pipeline.layout import Layout
+    from pipeline.layout import Layout
 
 KEYS = ("run", "stage", "state", "made", "commit", "tracked as")
 
