@@ -19,6 +19,7 @@ from pipeline.noise import derive
 from pipeline.registry import Spec
 from pipeline.tasks.base import WRITES_NONE, Start, Task, TaskModel
 from pipeline.trainer import Training
+from pipeline.user_code import Reference
 
 READS = {"pretrain": "corpus", "finetune": "task"}  # what each training stage reads of the prepared data
 
@@ -40,7 +41,7 @@ def task(config: Config, stage: str) -> Task:
         UserError: there is none of that name, or it is one for the other stage.
     """
     name = task_name(config, stage)
-    with user_code.watched(name, "when made"):
+    with user_code.watched(Reference.parse(name), "when made"):
         made = load("task", name)()
     if not isinstance(made, Task):
         raise UserError(f"task '{name}' is a {type(made).__name__}, which lacks methods of a Task")
@@ -54,7 +55,7 @@ def task(config: Config, stage: str) -> Task:
 def begin(config: Config, layout: Layout, stage: str, folder: Path | None) -> Start:
     """`Task.start` of the stage's task. Raises UserError as it does."""
     chosen = task(config, stage)
-    with user_code.watched(task_name(config, stage), "where training starts"):
+    with user_code.watched(Reference.parse(task_name(config, stage)), "where training starts"):
         return chosen.start(config, layout, folder)
 
 

@@ -81,13 +81,12 @@ def load(kind: str, reference: Reference) -> Any:
 
 
 @contextmanager
-def watched(name: str | Reference, doing: str) -> Iterator[None]:
-    """While it is entered the code that ``name`` may refer to is at work; ``doing`` says at what.
+def watched(reference: Reference | None, doing: str) -> Iterator[None]:
+    """While it is entered the code of ``reference`` is at work; ``doing`` says at what. None is ours.
 
     Raises:
         UserError: where anything goes wrong in a user's file: one line that says where.
     """
-    reference = name if isinstance(name, Reference) else Reference.parse(name)
     try:
         yield
     except UserError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,12 +37,9 @@ def status(
         folders = sorted((project_root() / "runs").glob("*/params.yaml"))
         layouts = [Layout(project_root()), *(Layout(path.parent) for path in folders)]
     rows = [row for layout in layouts for row in _rows(layout)]
-    if as_json:
-        typer.echo(json.dumps([dict(zip(KEYS, row, strict=True)) for row in rows], indent=2))
-    else:
-        print_table([*KEYS], rows, as_json=False)
-        if unsent := len(spool.waiting(spool.folder())):
-            typer.echo(f"\n{unsent} runs are not in MLflow yet: pipeline sync")
+    print_table([*KEYS], rows, as_json)
+    if not as_json and (unsent := len(spool.waiting(spool.folder()))):
+        typer.echo(f"\n{unsent} runs are not in MLflow yet: pipeline sync")
 
 
 def _rows(layout: Layout) -> list[list[Any]]:

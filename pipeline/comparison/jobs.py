@@ -137,8 +137,10 @@ def has_yardsticks(layout: Layout) -> bool:
 
 
 def _run(pool: ProcessPoolExecutor, jobs: Sequence[Job], parent: str | None, say: Say, what: str) -> None:
-    """Raises:
-    UserError: a start that the others need could not be made.
+    """Runs the jobs; says how each ended.
+
+    Raises:
+        UserError: a start that the others need could not be made.
     """
     from tqdm import tqdm
 

@@ -98,7 +98,7 @@ def _prepare_own(config: Config, layout: Layout) -> dict[str, Any]:
 
     if config.prepare.shots is not None:
         raise UserError(f"{name} chooses its own rows: prepare.shots does not hold there; set it to null")
-    with user_code.watched(name, "its rows"):
+    with user_code.watched(user_code.Reference.parse(name), "its rows"):
         rows = load_plugin("task", name)().rows(config)
     if not isinstance(rows, DatasetDict):
         raise UserError(f"the task {name} gives a {type(rows).__name__}; it must give a datasets.DatasetDict")

@@ -79,7 +79,7 @@ def _one(text: str, load_model: Load) -> AnyObjective | TextScore:
     options = check_options("objective", spec, behind)
     made: Any
     if isinstance(behind, type):
-        with user_code.watched(reference or "", "when made"):
+        with user_code.watched(reference, "when made"):
             made = behind(load_model, **options)
     elif is_score(behind):
         return Each(behind, spec.backend, options, reference)
