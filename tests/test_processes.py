@@ -71,7 +71,7 @@ def test_every_turn_is_given_once(tmp_path: Path) -> None:
 
 
 def test_jobs_wait_for_the_one_they_come_after() -> None:
-    after = {"start 0": None, "start 1": None, "a": "start 0", "b": "a", "c": "a", "d": "start 1"}
+    after = {"d": "start 1", "b": "a", "a": "start 0", "start 0": None, "start 1": None, "c": "a"}
     open_ = {name: threading.Event() for name in after}
     begun: list[str] = []
 
