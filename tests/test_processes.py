@@ -77,7 +77,7 @@ def test_jobs_wait_for_the_one_they_come_after() -> None:
 
     def work(name: str) -> str:
         begun.append(name)
-        assert open_[name].wait(60)
+        assert open_[name].wait(10)
         return name.upper()
 
     with ThreadPoolExecutor(2) as pool:
