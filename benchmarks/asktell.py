@@ -73,7 +73,7 @@ def asking_telling(spec: str, size: int, device: torch.device) -> tuple[int, Cal
 @cache
 def forward(device: torch.device) -> Callable[[], None]:
     """One bare forward pass, as transformers makes it."""
-    model, batch = LanguageModel(bert("22m").to(device)), masked_batch(device)[0]
+    model, batch = LanguageModel(bert("22m")).to(device), masked_batch(device)[0]
 
     @torch.inference_mode()
     def work() -> None:

@@ -127,7 +127,8 @@ def evotorch(size: int, separable: bool) -> Generation:
         initial_bounds=(1.0, 1.0),
     )
     strategy = CMAES(problem, stdev_init=SIGMA, separable=separable, popsize=default_population_size(size))
-    return strategy.step
+    step: Generation = strategy.step
+    return step
 
 
 THEIRS = {"cma": pycma, "cmaes": cyberagent, "evotorch": evotorch}

@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -35,7 +35,7 @@ class Row:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], rounds: int, device: torch.device, *, warm: bool = True
+    functions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, *, warm: bool = True
 ) -> dict[str, list[float]]:
     """Seconds of each function, ``rounds`` times in turn, if ``warm`` after one call of each, not counted."""
     for function in functions.values() if warm else ():
@@ -67,7 +67,7 @@ def main(measurements: dict[str, Measurement]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     note(_machine(device))
-    rows = []
+    rows: list[Row] = []
     for name in [arguments.only] if arguments.only else measurements:
         if (busy := os.getloadavg()[0]) > 0.5 * (os.cpu_count() or 1) and not rows:
             note(f"this machine is busy (load {busy:.1f}): do not trust the figures")

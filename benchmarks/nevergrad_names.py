@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 
 import torch
@@ -103,9 +103,9 @@ def outcomes() -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def count(kind: str) -> Row:
+def count(kind: str, _device: torch.device) -> Row:
     return Row.of(f"nevergrad/{kind}", "names", [sum(map(len, outcomes()[kind].values()))])
 
 
 if __name__ == "__main__":
-    main({f"nevergrad/{kind}": lambda _device, kind=kind: count(kind) for kind in OUTCOMES})
+    main({f"nevergrad/{kind}": partial(count, kind) for kind in OUTCOMES})

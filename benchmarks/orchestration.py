@@ -1,8 +1,9 @@
 """What a study costs beside its trials, and what a second process gains.
 
-``python -m benchmarks.orchestration [--trials 30]`` runs ``pipeline tune`` on the default task, without
-pretraining, in new folders, one thread a process: with one process, where the seconds are taken that it waits
-for Optuna and for MLflow, and with two.
+``python -m benchmarks.orchestration [--trials 30] [--rounds 5]`` runs ``pipeline tune`` on the default task,
+without pretraining, in a new folder, one thread a process. First whole, in one process, where the seconds are
+taken that it waits for Optuna and for MLflow. Then the same study grows, by two processes and by one in turn:
+its texts are encoded, and what a machine gives from minute to minute falls on both.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from benchmarks.harness import Row, note
 from pipeline.layout import project_root
 from pipeline.processes import context, threads_of_each
 from pipeline.tuning.study import JOURNAL
+
+NAME = "measured"
 
 
 class Clock:
@@ -73,11 +76,11 @@ class Seconds:
     mlflow: float
 
 
-def study(trials: int, workers: int, name: str) -> Seconds:
-    """Runs one in this process, which begins with it, and in others as ``workers`` asks.
+def study(have: int, want: int, workers: int) -> Seconds:
+    """Runs one in this process, which begins with it, and in others as ``workers`` asks, to ``want`` trials.
 
-    A trial's seconds are the time from the first one's start to the last one's end, shared among them all.
-    In one process the first is left out, which also encodes the texts that all read; several do that before.
+    A trial's seconds are the time from when as many new ones had ended as there are processes, each of which
+    has then read what it needs, to the last one's end, shared among the rest.
     """
     optuna, mlflow = Clock(), Clock()
     torch.set_num_threads(1)
@@ -91,7 +94,7 @@ def study(trials: int, workers: int, name: str) -> Seconds:
     optuna.watch(Study, "__init__", "guess_first", "tell", "fail", "_left_behind", "_next", "close")
     optuna.watch(run, "write_report")
     mlflow.watch(ScribeProcess, "__init__", "send", "end")
-    arguments = ["--seed", "1", "--trials", str(trials), "--workers", str(workers), "--name", name]
+    arguments = ["--seed", "1", "--trials", str(want), "--workers", str(workers), "--name", NAME]
     sys.argv = ["pipeline", "tune", "-S", "pretrain.enabled=false", *arguments]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         try:
@@ -99,46 +102,53 @@ def study(trials: int, workers: int, name: str) -> Seconds:
         except SystemExit as ended:
             if ended.code:
                 raise
-    return Seconds(_a_trial(name, workers), optuna.seconds, mlflow.seconds)
+    return Seconds(_a_trial(have, workers), optuna.seconds, mlflow.seconds)
 
 
-def _a_trial(name: str, workers: int) -> float:
+def _a_trial(have: int, workers: int) -> float:
     import optuna
 
-    [journal] = (project_root() / "runs" / name).glob(f"tuning/*/{JOURNAL}")
+    [journal] = (project_root() / "runs" / NAME).glob(f"tuning/*/{JOURNAL}")
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
-    made = optuna.load_study(study_name=None, storage=storage).trials[1 if workers == 1 else 0 :]
-    begun = min(each.datetime_start for each in made if each.datetime_start)
-    ended = max(each.datetime_complete for each in made if each.datetime_complete)
-    return (ended - begun).total_seconds() / len(made)
+    made = optuna.load_study(study_name=None, storage=storage).trials[have:]
+    first, *rest = sorted(each.datetime_complete for each in made if each.datetime_complete)[workers - 1 :]
+    return (rest[-1] - first).total_seconds() / len(rest)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--trials", type=int, default=30, help="of the first, and of each turn")
+    parser.add_argument("--rounds", type=int, default=5, help="of two processes and one")
     parser.add_argument("--json", action="store_true", help="print one array of rows")
     arguments = parser.parse_args()
+    have, ratios = 0, []
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["PIPELINE_HOME"] = temporary
         shutil.copy(Path(__file__).parent.parent / "params.yaml", temporary)
-        made, whole = {}, {}
-        for workers in (1, 2):
+
+        def more(workers: int) -> tuple[Seconds, float]:
+            nonlocal have
             started = time.perf_counter()
             with threads_of_each(1), ProcessPoolExecutor(1, context()) as fresh:
-                made[workers] = fresh.submit(study, arguments.trials, workers, f"by-{workers}").result()
-            whole[workers] = time.perf_counter() - started
-            note(f"{workers} at work: {whole[workers]:.1f} s, {made[workers]}")
-    one, two = made[1], made[2]
+                made = fresh.submit(study, have, have + arguments.trials, workers).result()
+            whole = time.perf_counter() - started
+            have += arguments.trials
+            note(f"{workers} at work: {whole:.1f} s, {made}")
+            return made, whole
+
+        alone, whole = more(1)
+        for _ in range(arguments.rounds):
+            two, one = more(2)[0], more(1)[0]
+            ratios.append(one.trial / two.trial)
     rows = [
-        Row.of("trials_per_minute_two_over_one", "", [one.trial / two.trial]),
-        Row.of("whole_command_one_over_two", "", [whole[1] / whole[2]]),
-        Row.of("optuna_share", "", [one.optuna / whole[1]]),
-        Row.of("mlflow_share", "", [one.mlflow / whole[1]]),
+        Row.of("trials_per_minute_two_over_one", "", ratios),
+        Row.of("optuna_share", "", [alone.optuna / whole]),
+        Row.of("mlflow_share", "", [alone.mlflow / whole]),
     ]
     for row in rows:
         if not arguments.json:
-            print(f"{row.name:33} {row.value:8.4f}")
+            print(f"{row.name:33} {row.value:8.4f} {row.low:8.4f} {row.high:8.4f}")
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
 

@@ -26,8 +26,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _space(dtype: torch.dtype, weights: torch.dtype, device: torch.device) -> Space:
-    model = bert("22m").to(weights).to(dtype).to(device)
-    return spaces.build(spaces.parse("full"), LanguageModel(model), 0)
+    model = LanguageModel(bert("22m")).to(weights).to(dtype).to(device)
+    return spaces.build(spaces.parse("full"), model, 0)
 
 
 def _coefficients(seed: int) -> list[float]:
@@ -69,7 +69,7 @@ def row(dtype: str, figure: str, device: torch.device) -> Row:
 
 def step_over_float32(device: torch.device) -> Row:
     """A step of SPSA over every parameter in bfloat16, the update included, over one in float32."""
-    half = Ours("22m", device, bert("22m").to(torch.bfloat16).to(device))
+    half = Ours("22m", device, LanguageModel(bert("22m")).to(torch.bfloat16))
     full = Ours("22m", device)
     seconds = interleaved({"half": half.step, "full": full.step}, 15, device)
     half.engine.close()

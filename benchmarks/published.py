@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 class PublishedMeZO:
     """One model, one step after another."""
 
-    def __init__(self, model: PreTrainedModel, epsilon: float, learning_rate: float) -> None:
-        self.model = model.eval()
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device, epsilon: float, learning_rate: float
+    ) -> None:
+        torch.nn.Module.to(model, device).train(False)
+        self.model = model
         self._parameters = [parameter.data for parameter in model.parameters()]
         self._epsilon = epsilon
         self._learning_rate = learning_rate

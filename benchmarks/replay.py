@@ -32,7 +32,7 @@ ROUNDS = 3
 
 def _task(space: str, device: torch.device) -> tuple[TaskModel, Batch]:
     if space == "full":
-        return LanguageModel(bert("22m").to(device)), masked_batch(device)[0]
+        return LanguageModel(bert("22m")).to(device), masked_batch(device)[0]
     model = TextClassifier(bert("22m").bert, 384, ["no", "yes"], pooled_layers=1).to(device).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 30000, (64, TOKENS), generator=generator)

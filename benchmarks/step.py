@@ -48,7 +48,9 @@ PASSES = 10**7  # a budget that no benchmark spends, of a run long enough to com
 def bert(shape: str) -> BertForMaskedLM:
     """A fresh masked language model in eval mode."""
     torch.manual_seed(0)
-    return BertForMaskedLM(BertConfig(num_attention_heads=12, **SHAPES[shape])).eval()
+    model = BertForMaskedLM(BertConfig(num_attention_heads=12, **SHAPES[shape]))
+    torch.nn.Module.eval(model)
+    return model
 
 
 def masked_batch(
@@ -67,8 +69,8 @@ def masked_batch(
 class Ours:
     """SPSA over every parameter, two forward passes a step."""
 
-    def __init__(self, shape: str, device: torch.device, model: BertForMaskedLM | None = None) -> None:
-        self.model = LanguageModel(model or bert(shape).to(device))
+    def __init__(self, shape: str, device: torch.device, model: LanguageModel | None = None) -> None:
+        self.model = (model or LanguageModel(bert(shape))).to(device)
         self.space = spaces.build(spaces.parse("full"), self.model, 0)
         self.engine = Engine(self.model, self.space, PASSES, run_seed=0)
         problem = Problem(self.space.size, self.space.kind, PASSES, 0, device)
@@ -95,7 +97,7 @@ def two_forwards(model: LanguageModel, batch: Batch) -> None:
 def step_seconds(shape: str, device: torch.device) -> dict[str, list[float]]:
     """A step, two bare forwards as transformers makes them, and two through the engine's products."""
     ours = Ours(shape, device)
-    bare = LanguageModel(bert(shape).to(device))
+    bare = LanguageModel(bert(shape)).to(device)
     work = {"step": ours.step, "bare": lambda: two_forwards(bare, ours.batch), "own": ours.two_forwards}
     ours.step()  # compiles
     seconds = interleaved(work, 25 if shape == "22m" else 9, device)
@@ -111,7 +113,7 @@ def step_ratio(shape: str, forwards: str, name: str, device: torch.device) -> Ro
 def speedup_published(device: torch.device) -> Row:
     ours = Ours("22m", device)
     _, inputs, labels = masked_batch(device)
-    published = PublishedMeZO(bert("22m").to(device), 1e-3, 1e-6)
+    published = PublishedMeZO(bert("22m"), device, 1e-3, 1e-6)
     seconds = interleaved(
         {"ours": ours.step, "published": lambda: published.step(inputs, labels, 1)}, 15, device
     )
@@ -125,7 +127,7 @@ def restore_error(device: torch.device) -> Row:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         torch.manual_seed(0)
         small = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
-        model = LanguageModel(BertForMaskedLM(small).to(device, dtype).eval())
+        model = LanguageModel(BertForMaskedLM(small)).to(device, dtype).eval()
         space = spaces.build(spaces.parse("full"), model, 0)
         engine = Engine(model, space, PASSES, run_seed=0)
         before = space.snapshot()
@@ -156,7 +158,7 @@ def _peak_of(work: str, device: torch.device) -> float:
 def peak(work: str, device: str) -> float:
     """How far memory grows while ``work`` is done, in units of the largest tensor."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = bert("110m").to(device)
+    model = LanguageModel(bert("110m")).to(device)
     batch = masked_batch(torch.device(device))[0]
     largest = max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     noise.add(zeros := torch.zeros(2**13), 1, 0, "rademacher", 1.0, out=zeros, fused=True)  # the compiler
@@ -168,7 +170,7 @@ def peak(work: str, device: str) -> float:
                 ours.step()
         else:
             for _ in range(5):
-                two_forwards(LanguageModel(model), batch)
+                two_forwards(model, batch)
     return memory.grown / largest
 
 

@@ -5,7 +5,7 @@ Sixteen low-rank directions, each over its own copy of a batch, against plain in
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -24,7 +24,7 @@ DIRECTIONS, EXAMPLES, TOKENS = 16, 4, 32
 @cache
 def seconds(device: torch.device) -> dict[str, list[float]]:
     """16 directions in one pass and one by one; inference by transformers' and by the engine's products."""
-    model, plain = (LanguageModel(bert("22m").to(device)) for _ in range(2))
+    model, plain = (LanguageModel(bert("22m")).to(device) for _ in range(2))
     engine = Engine(model, spaces.build(spaces.parse("full"), model, 0), PASSES, run_seed=0)
     batch = masked_batch(device, EXAMPLES, TOKENS)[0]
     many = repeated(batch, DIRECTIONS)
@@ -55,7 +55,7 @@ def share(of: str, name: str, device: torch.device) -> Row:
 if __name__ == "__main__":
     main(
         {
-            name: lambda device, name=name, of=of: share(of, name, device)
+            name: partial(share, of, name)
             for name, of in {
                 "batched_throughput": "bare",
                 "batched_throughput_own_products": "own",

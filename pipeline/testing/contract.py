@@ -147,7 +147,9 @@ class OptimizerContract:
 
     def test_takes_no_more_memory_than_it_declares(self, spec: str) -> None:
         command = [sys.executable, "-P", "-m", "pipeline.testing.memory", spec, str(self.memory_dimension)]
-        mapped = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc keeps no freed tensor: a peak is one
+        mapped = os.environ | {
+            "MALLOC_MMAP_THRESHOLD_": "65536"
+        }  # glibc keeps no freed tensor: a peak is one
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=mapped)
         assert done.returncode == 0, done.stderr
         declared, taken = json.loads(done.stdout)
