@@ -1,8 +1,9 @@
-"""Prompted sentiment in the layout of MeZO's tables (Malladi et al. 2023): ``python -m benchmarks.prompted FOLDER``.
+"""Prompted sentiment in the layout of MeZO's tables: ``python -m benchmarks.prompted FOLDER``.
 
-SmolLM2-135M as examples/sentiment-smollm2.yaml has it, 16 and 512 texts of each label: as it is, shown solved
-examples, under a linear probe, moved by SPSA through all weights, LoRA's factors or a soft prompt, and by AdamW.
-Every run is a command, one thread each; what is in FOLDER already is not run again.
+After Malladi et al. (2023), with 16 and 512 texts of each label. SmolLM2-135M, prompted as in
+examples/sentiment-smollm2.yaml: as it is, shown solved examples, under a linear probe, moved by SPSA through
+all weights, LoRA's factors or a soft prompt, and by AdamW. Every run is a command, of one thread; what is in
+FOLDER already is not run again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.harness import note
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "sentiment-smollm2.yaml"
 SHOTS = (16, 512)
-# epsilon and learning rate: found on validation with 512 shots and a seed that is not reported (docs/defaults.md)
+# epsilon and learning rate, found on validation with 512 shots and a seed that is not reported
 SPACES = {
     "full": (1e-3, 1e-6),
     "lora,rank=8": (0.01, 0.005),

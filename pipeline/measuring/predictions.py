@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.measuring.resampling import Statistic, interval, resampled
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
+RESAMPLED = ("f1", "mcc")  # whose intervals are of examples drawn again
 MINIMISED = ("loss", "calibration_error")  # figures of which less is better
 
 
@@ -66,19 +67,20 @@ class Predictions:
         are alike. Both are as scikit-learn has them. ``calibration_error`` is the expected calibration error:
         the mean distance between accuracy and confidence in ``BINS`` bins of equal width (Guo et al. 2017).
         """
-        names, statistic = self._statistic()
-        [values] = statistic(np.ones((1, len(self.targets))))
-        return {**self.loss_and_accuracy(), **dict(zip(names, map(float, values), strict=True))}
+        [values] = self._statistic()(np.ones((1, len(self.targets))))
+        calibration = {} if self.confidences is None else {"calibration_error": self._calibration_error()}
+        return self.loss_and_accuracy() | dict(zip(RESAMPLED, map(float, values), strict=True)) | calibration
 
     def figures_with_intervals(self) -> dict[str, float]:
-        """`figures`, each but the loss with the bounds of its 95% interval: ``accuracy_low``, ``_high``.
+        """`figures`, with the bounds of 95% intervals: ``accuracy_low``, ``_high``.
 
-        Wilson's (1927) of the accuracy; of the others, of examples drawn again.
+        Wilson's (1927) of the accuracy; of ``f1`` and ``mcc``, of examples drawn again. None of the loss; nor
+        of ``calibration_error``, to which the noise of a bin is an error: examples drawn again have more of
+        it, and their interval may leave the figure itself out.
         """
-        names, statistic = self._statistic()
-        lows, highs = interval(resampled(len(self.targets), statistic))
+        lows, highs = interval(resampled(len(self.targets), self._statistic()))
         bounds = {"accuracy": self._wilson()} | {
-            name: (float(low), float(high)) for name, low, high in zip(names, lows, highs, strict=True)
+            name: (float(low), float(high)) for name, low, high in zip(RESAMPLED, lows, highs, strict=True)
         }
         found: dict[str, float] = {}
         for name, value in self.figures().items():
@@ -93,8 +95,8 @@ class Predictions:
         bounds = binomtest(int(self.hits.sum()), len(self.hits)).proportion_ci(0.95, method="wilson")
         return float(bounds.low), float(bounds.high)
 
-    def _statistic(self) -> tuple[list[str], Statistic]:
-        """Names, and their values ``[resamples, names]`` as a function of how often each example counts."""
+    def _statistic(self) -> Statistic:
+        """``RESAMPLED``'s values ``[resamples, names]`` as a function of how often each example counts."""
         true, predicted = self.targets.numpy(), self.predicted.numpy()
         classes, places = np.unique(np.concatenate((true, predicted)), return_inverse=True)
         hits = self.hits.numpy().astype(float)
@@ -104,27 +106,25 @@ class Predictions:
             _table(places[len(true) :], ones, len(classes)),
             _table(places[: len(true)], hits, len(classes)),
         ]
-        gaps = None if self.confidences is None else _gaps(self.confidences.double().numpy(), hits)
 
         def statistic(draws: NDArray[np.float64]) -> NDArray[np.float64]:
             counts = [draws @ table for table in tables]
-            values = [_f1(*counts), _mcc(*counts)]
-            if gaps is not None:
-                values.append(np.abs(draws @ gaps).sum(-1) / draws.sum(-1))
-            return np.stack(values, -1)
+            return np.stack([_f1(*counts), _mcc(*counts)], -1)
 
-        return ["f1", "mcc", *(["calibration_error"] if gaps is not None else [])], statistic
+        return statistic
+
+    def _calibration_error(self) -> float:
+        """How much surer than right the examples of a bin are, which holds its upper bound; over all bins."""
+        assert self.confidences is not None
+        confidences, hits = self.confidences.double().numpy(), self.hits.numpy().astype(float)
+        bins = np.ceil(np.nan_to_num(confidences) * BINS).astype(int) - 1
+        gaps = np.bincount(bins.clip(0, BINS - 1), confidences - hits, BINS)
+        return float(np.abs(gaps).sum() / len(hits))
 
 
 def _table(columns: NDArray[np.int64], values: NDArray[np.float64], width: int) -> csr_array:
     """``[examples, width]``: each example's value, in its column."""
     return csr_array((values, (np.arange(len(columns)), columns)), shape=(len(columns), width))
-
-
-def _gaps(confidences: NDArray[np.float64], hits: NDArray[np.float64]) -> csr_array:
-    """How much surer than right each example is, in the column of its bin, which holds its upper bound."""
-    bins = np.ceil(np.nan_to_num(confidences) * BINS).astype(int) - 1
-    return _table(bins.clip(0, BINS - 1), confidences - hits, BINS)
 
 
 def _f1(
