@@ -31,7 +31,7 @@ from pipeline.tasks.batching import shuffled
 
 BUDGET = 20_000
 BATCH = 64
-POINTS = 16
+POINTS = 8
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 10
 EPSILON, RATE = (1e-3, 1.0), (1e-4, 1e-1)
