@@ -24,9 +24,9 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "sentiment-smollm2.yaml"
 SHOTS = (16, 512)
 # epsilon and learning rate, found on validation with 512 shots and a seed that is not reported
 SPACES = {
-    "full": (1e-3, 1e-6),
-    "lora,rank=8": (0.01, 0.005),
-    "prompt,tokens=10,dimension=0": (0.1, 0.1),
+    "full": (1e-3, 1e-5),
+    "lora,rank=8": (0.01, 0.02),
+    "prompt,tokens=10,dimension=0": (0.03, 0.1),
 }
 YARDSTICKS = ("majority", "zero_shot", "in_context", "linear_probe", "adamw")
 WITH_YARDSTICKS = "lora,rank=8"  # the space of the run that also measures them
@@ -57,7 +57,7 @@ def ran(setting: Setting, folder: Path, passes: int, tests: int) -> dict[str, fl
             "finetune.epsilon": epsilon,
             "finetune.learning_rate": rate,
             "finetune.forward_passes": passes,
-            "finetune.evaluate_every": passes // 4,
+            "finetune.evaluate_every": passes,
             "evaluate.baselines": str(setting.space == WITH_YARDSTICKS).lower(),
             "evaluate.adamw": "true",
         }
@@ -100,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--passes", type=int, default=400)
-    parser.add_argument("--tests", type=int, default=500, help="sentences of the test")
+    parser.add_argument("--passes", type=int, default=100)
+    parser.add_argument("--tests", type=int, default=400, help="sentences of the test")
     parser.add_argument("--workers", type=int, default=2, help="runs at once")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,12 @@ class Spec:
     def parse(cls, text: str) -> Spec:
         """Parses a spec. Values are Python literals where they look like one, else plain strings.
 
+        A value in quotes is what stands between them, commas and plus signs too.
+
         Raises:
             UserError: an option without ``=``, or an empty backend.
         """
-        head, *pairs = text.split(",")
+        head, *pairs = split_unquoted(text, re.compile(","))
         backend, _, name = head.partition(":")
         if not backend.strip():
             raise UserError(f"'{text}' names no backend; write backend[:Name][,key=value…]")
@@ -59,10 +62,31 @@ class Spec:
 
     def __str__(self) -> str:
         head = self.backend + (f":{self.name}" if self.name else "")
-        return ",".join([head, *(f"{key}={value}" for key, value in self.options.items())])
+        return ",".join([head, *(f"{key}={_written(value)}" for key, value in self.options.items())])
+
+
+_QUOTED = re.compile(r"""=\s*('[^']*'|"[^"]*")""")
+
+
+def split_unquoted(text: str, separator: re.Pattern[str]) -> list[str]:
+    """``text`` split at ``separator``, but not within a value in quotes."""
+    hidden = _QUOTED.sub(lambda found: "=" + "\0" * (len(found[0]) - 1), text)
+    parts, begin = [], 0
+    for found in separator.finditer(hidden):
+        parts.append(text[begin : found.start()])
+        begin = found.end()
+    return [*parts, text[begin:]]
+
+
+def _written(value: Any) -> str:
+    if not isinstance(value, str) or (_literal(value) == value and not re.search("[,+]", value)):
+        return str(value)
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def _literal(text: str) -> Any:
+    if len(text) > 1 and _QUOTED.fullmatch("=" + text):
+        return text[1:-1]
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -216,6 +240,8 @@ def _like_default(spec: Spec, key: str, value: Any, parameter: inspect.Parameter
     if parameter is None or not isinstance(parameter.default, bool | int | float | str):
         return value
     wanted = type(parameter.default)
+    if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
             value = float(value)

@@ -68,7 +68,8 @@ def replay(layout: Layout, stage: str, out: Path | None = None) -> list[Replayed
             what = f"{stage}, phase {number}" if len(folders) > 1 or folder != root else stage
             last = folder == folders[-1]
             trajectory = Trajectory.read(folder / FILE)
-            if what != stage and not phases.leaves_record(trajectory.header.optimizer) and not (last and out):
+            left = stage == "pretrain" or what != stage  # others come after it
+            if left and not phases.leaves_record(trajectory.header.optimizer) and not (last and out):
                 done.append(_left(what, folder, trajectory))
                 before = folder
                 continue

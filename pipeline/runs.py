@@ -73,6 +73,7 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     from pipeline.models.loading import check, choose_device, choose_dtype
     from pipeline.start import task
     from pipeline.tasks.template import check as check_template
+    from pipeline.tuning.search import searched
 
     choose_device(config.device)
     choose_dtype(config.dtype)
@@ -84,6 +85,8 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     if config.prepare.task != "none":
         task(config, "finetune")
         check_template(config.finetune)
+    if config.tune.enabled and "tune" in stages:
+        searched(config)
     if config.pretrain.enabled:
         _check_training(config.pretrain, config)
     if config.prepare.task != "none":
@@ -204,6 +207,8 @@ def branch(base: Layout, root: Path) -> Layout:
     layout = Layout(root)
     for here, there in ((layout.prepared, base.prepared), (layout.pretrained, base.pretrained)):
         here.parent.mkdir(parents=True, exist_ok=True)
+        if here.is_symlink() and not here.exists():  # the project has moved
+            here.unlink()
         if not here.exists():
             here.symlink_to(there.resolve(), target_is_directory=True)
     curve = "pretrain.csv"

@@ -100,7 +100,10 @@ def run(
     stage: Stage = load("stage", name)
     with track(name, config, layout, parent=parent, resume=resume) as tracker:
         figures = stage(Context(config, layout, tracker, resume))
-    ledger.made(layout, name)
+    if tracker.id:
+        ledger.made(layout, name)
+    else:  # what is noted made what was there before
+        ledger.forget(layout, name)
     return figures
 
 

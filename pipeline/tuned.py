@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.layout import Layout
 
 VALUES = "values"
+METHOD = ("optimizer", "space")  # what the values were found for
 
 
 def with_tuned(config: Config, layout: Layout) -> Config:
@@ -26,6 +27,29 @@ def applied(config: Config, path: Path) -> Config:
         UserError: no such file, or values that do not fit.
     """
     return configuration.updated(config, read(path).get(VALUES, {}), source=str(path))
+
+
+def as_tuned(config: Config, path: Path) -> Config:
+    """``config`` with the model, optimizer and space of a ``tuned.json``'s study, and with its values.
+
+    Raises:
+        UserError: as `applied`.
+    """
+    found = read(path)
+    known = {f"finetune.{key}": found[key] for key in METHOD if key in found}
+    known |= {"model": found["model"]} if "model" in found else {}
+    return applied(configuration.updated(config, known, source=str(path)), path)
+
+
+def check(config: Config, path: Path) -> None:
+    """Raises UserError where ``config`` has another optimizer or space than what `as_tuned` gave."""
+    meant = as_tuned(config, path)
+    for key in METHOD:
+        now, tuned = getattr(config.finetune, key), getattr(meant.finetune, key)
+        if now != tuned:
+            raise UserError(
+                f"{path} has values for finetune.{key}={tuned}, now {now}: leave one of the two out"
+            )
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from pipeline import start
+from pipeline import phases, start
 from pipeline.measuring.evaluation import measure
 from pipeline.models.loading import make_plain, pass_through
+from pipeline.models.quantized import FORMATS
 from pipeline.stage import Context, fresh_folder, script, write_metrics
 from pipeline.tasks.base import Start
 from pipeline.tasks.language_modelling import target_size
@@ -50,13 +51,13 @@ def _pretrain(context: Context, folder: Path) -> dict[str, float]:
             begin.batch,
             lambda: measure(begin.model, begin.validation),
             trajectory=folder / FILE,
-            resume=context.resume,
+            resume=context.resume and phases.leaves_record(config.pretrain.optimizer),
             on_step=on_step,
             on_measure=on_measure,
             say=context.say,
         )
     context.write_curve("pretrain", result.curve)
-    if training.space.backend == "lora":
+    if training.space.backend == "lora" and config.dtype not in FORMATS:  # its base is not what was trained
         begin.model.save_adapter(folder / "adapter", config.model, training.space.options["rank"])
     make_plain(begin.model.encoder)
     begin.model.save(folder, begin.tokenizer)

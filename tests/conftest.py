@@ -39,7 +39,9 @@ def _tokenizer(folder: Path, decoder: bool) -> int:
     else:
         inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(str(folder))
+    reads = ["input_ids", "attention_mask"] if decoder else ["input_ids", "token_type_ids", "attention_mask"]
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=reads, **names)
+    made.save_pretrained(str(folder))
     return len(vocabulary)
 
 

@@ -163,6 +163,25 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
             assert file.read_bytes() == (models / stage / file.name).read_bytes()
 
 
+def test_a_pretraining_by_gradients_begins_anew_and_is_told_at_replay(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    trajectory = tmp_path / "runs" / "mine" / "models" / ".pretrained.partial" / "trajectory.jsonl"
+    more = ["--name", "mine", "--no-baselines", "-S", "pretrain.optimizer=adamw"]
+    with started(*arguments, *more, home=tmp_path) as process:
+        until = time.monotonic() + 300
+        while not trajectory.is_file() or trajectory.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        process.kill()
+    done = pipeline("run", "--resume", "mine", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    replayed = pipeline("replay", "mine", home=tmp_path).stdout.splitlines()
+    assert replayed[0] == "pretrain: by gradients, which leave no record"
+    assert replayed[1].endswith("identical to the run's")
+
+
 def test_resume_takes_nothing_else(tmp_path: Path) -> None:
     refused = pipeline("run", "--resume", "mine", "--seed", "3", home=tmp_path)
     assert refused.returncode == 2

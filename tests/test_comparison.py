@@ -65,6 +65,7 @@ def test_seeds_are_a_count_or_a_list() -> None:
 
 def test_a_run_waits_for_what_it_reads_and_no_more(tmp_path: Path) -> None:
     plan = Plan(tmp_path, Config(), ("spsa", "es", "adamw"), (0, 1))
+    assert {job.label for job in planned(plan) if job.encodes} == {"spsa, seed 0", "spsa, seed 1"}
     after = {job.label: job.after.label if job.after else None for job in planned(plan)}
     assert after == {
         "start of seed 0": None,
@@ -245,6 +246,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(bert: Path, table: Pa
         (["--optimizers", "spsa,epsilom=1"], "has no option 'epsilom'"),
         (["--optimizers", "spso"], "did you mean 'spsa'"),
         (["--workers", "0"], "--workers must be at least 1"),
+        (["--tune", "2", "-S", "tune.search=[max_length=8..16]"], "is equal for all methods"),
     ):
         line, environment = command(bert, table, tmp_path, *options)
         done = run(line, environment)

@@ -91,6 +91,25 @@ def test_a_text_ends_at_its_end() -> None:
     assert asked == [None, [1, 5]], "a batch ends when all its texts have"
 
 
+def test_a_text_may_begin_with_a_forced_token() -> None:
+    options = Decoding(max_new_tokens=2, temperature=0.0, stop=(5,), pad=5, first=3)
+    asked: list[list[int] | None] = []
+
+    def following(token: torch.Tensor | None) -> torch.Tensor:
+        asked.append(None if token is None else token.tolist())
+        return torch.nn.functional.one_hot(torch.tensor([1, 2]), 6).float()
+
+    assert decode(following, options, 0).tolist() == [[3, 1], [3, 2]]
+    assert asked == [None, [3, 3]], "what follows is asked for after it"
+
+
+def test_a_prompt_stays_open_whatever_the_tokenizer_would_close_it_with(bert: Path) -> None:
+    tokenizer = load_tokenizer(str(bert))  # one that closes its texts
+    closed = tokenizer("a film")["input_ids"]
+    [opened] = Continued(0).prompts(["a film"], tokenizer)
+    assert closed == [*opened, tokenizer.sep_token_id]
+
+
 def test_what_is_drawn_is_drawn_by_seed(gpt2: Path) -> None:
     model = decoder(gpt2, temperature=2.0)
     first, again, other = (model.write(prompts(gpt2, seed)) for seed in (1, 1, 2))
@@ -357,7 +376,7 @@ def test_a_run_towards_targets_has_all_yardsticks(gpt2: Path, texts: Path, tmp_p
         (("--objective", "length", "-S", "finetune.template=x"), "template 'x' must hold {text} once"),
         (
             ("--objective", "length", "-S", "finetune.max_length=62"),
-            "are 67 tokens together; the model takes",
+            "are together 67; the model takes",
         ),
         (("--objective", "length", "--optimizer", "adamw"), "needs a gradient, which the objective has not"),
     ],

@@ -11,9 +11,12 @@ import pytest
 
 from pipeline.entry_points import GROUPS, installed, load
 from pipeline.errors import UserError
+from pipeline.measuring import scores
+from pipeline.objective.sums import terms
 from pipeline.optimizer import Problem
-from pipeline.registry import Spec, catalogue, create, variants_of
+from pipeline.registry import Spec, catalogue, check_options, create, variants_of
 from pipeline.scaffold import write_plugin
+from plugins.seeded import ES, es
 
 SMALL = Problem(10, "head", 100, 0)
 
@@ -23,6 +26,26 @@ SMALL = Problem(10, "head", 100, 0)
 )
 def test_a_spec_is_its_text(text: str) -> None:
     assert str(Spec.parse(text)) == text
+
+
+@pytest.mark.parametrize("value", [r"\d+ stars", "a, b", "1+error", "it's"])
+def test_a_value_in_quotes_is_what_stands_between_them(value: str) -> None:
+    spec = Spec("regex", None, {"pattern": value, "n": 2})
+    assert Spec.parse(str(spec)) == spec
+    [(weight, term), rest] = terms(f"0.5*{spec}+length,words=3")
+    assert (weight, Spec.parse(term), rest) == (0.5, spec, (1.0, "length,words=3"))
+
+
+def test_what_an_option_of_text_is_given_may_look_like_a_number() -> None:
+    assert check_options("objective", Spec.parse("regex,pattern=42"), scores.regex) == {"pattern": "42"}
+    assert terms("regex,pattern=^a.*b$") == [(1.0, "regex,pattern=^a.*b$")]
+
+
+@pytest.mark.parametrize("space", ["head", "full", "lora"])
+def test_a_default_that_is_told_is_the_one_taken(space: str) -> None:
+    for name in ES:
+        made = es(Problem(20, space, 1000, 0), name=name)
+        assert es.defaults(space, name)["population_size"] == made.passes_a_step  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

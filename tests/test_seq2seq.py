@@ -75,6 +75,18 @@ def translator(folder: Path, temperature: float = 0.0) -> Seq2Seq:
     return Seq2Seq(model, load_tokenizer(location), 6, temperature).eval()
 
 
+def test_a_target_is_what_the_decoder_learned_to_write(bert: Path) -> None:
+    tokenizer = load_tokenizer(str(bert))  # as BART's, one that begins and ends a text with tokens of its own
+    tokenizer.eos_token = tokenizer.sep_token
+    rows = Dataset.from_dict({"text": ["the film"], "target": ["good"]})
+    phrasing = Answered(tokenizer.pad_token_id, 7)
+    data = WritingData(rows, tokenizer, phrasing, template="{text}", max_length=8, max_new_tokens=8)
+    batch = data.batch([0], 0)
+    good = tokenizer.convert_tokens_to_ids("good")
+    assert batch.targets.tolist() == [tokenizer.cls_token_id, good, tokenizer.sep_token_id]
+    assert batch.inputs["decoder_input_ids"].tolist() == [[7, tokenizer.cls_token_id, good]]
+
+
 def batch_for(model: Seq2Seq) -> Batch:
     texts, _ = sentences(6)
     rows = {

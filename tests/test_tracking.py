@@ -118,6 +118,10 @@ def test_an_error_passes_through_and_is_noted(home: Path, error: BaseException, 
     assert rows(home, "select value from metrics") == [(1.0,)]
     noted = rows(home, "select value from tags where key = 'error'")
     assert noted == ([("ValueError: a bad day",)] if status == "FAILED" else [])
+    with track("pretrain", Config(), Layout(home / "runs" / "one"), resume=True):
+        pass
+    assert rows(home, "select status from runs") == [("FINISHED",)]
+    assert rows(home, "select value from tags where key = 'error'") == []
 
 
 def test_a_part_names_its_whole_from_another_process_too(home: Path) -> None:
@@ -320,6 +324,10 @@ def test_what_lies_there_names_the_run_that_made_it(home: Path) -> None:
         found = ledger.maker(layout, "tune")
         assert found
         assert (found["run"], found["name"]) == (run, "one/tune")
+    ledger.forget(layout, "tune")  # a stage that was not tracked
+    layout.tuned.write_text("untracked")
+    ledger.made(layout, "tune")
+    assert ledger.maker(layout, "tune") is None
     layout.tuned.write_text("by hand")
     assert ledger.maker(layout, "tune") is None
     assert ledger.maker(layout, "finetune") is None

@@ -101,6 +101,7 @@ def test_a_range_is_read(text: str, expected: Parameter) -> None:
         (["optimizer.direction=1..2"], "did you mean 'directions'"),
         (["learning_rate=1..2*epsilon"], "tied? 'epsilon'|ties 'learning_rate' to 'epsilon'"),
         (["epsilon=1..2", "epsilon=1..3"], "names 'epsilon' twice"),
+        (["epsilon=1..2*epsilon"], "ties 'epsilon' to 'epsilon', which is not searched by itself"),
     ],
 )
 def test_a_search_that_does_not_fit_is_one_line(search: list[str], error: str) -> None:
@@ -163,7 +164,7 @@ def test_a_study_runs_trials_ranks_them_and_repeats(base: Layout, config: Config
         best = study.best
         assert best
         assert best.value == min(each.value for each in study.ended if each.value is not None)
-        assert table(study, "loss").splitlines()[2].startswith(f"| {best.number} |")
+        assert table(study, "loss", True).splitlines()[2].startswith(f"| {best.number} |")
         values.append([(each.params, each.value) for each in study.ended])
     assert values[0] == values[1]
 
@@ -364,6 +365,50 @@ def test_without_tuning_nothing_changes(base: Layout, config: Config) -> None:
     assert not base.tuning.exists()
 
 
+def test_a_run_with_what_was_found_is_of_the_method_that_it_was_found_for(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    values = {"finetune.sigma": 0.3, "finetune.optimizer": "es,population_size=6"}
+    tuned.write(path, {"values": values, "optimizer": "es", "space": "biases", "model": "./my-bert"})
+    made = tuned.as_tuned(Config(), path)
+    assert (made.model, made.finetune.sigma) == ("./my-bert", 0.3)
+    assert (made.finetune.optimizer, made.finetune.space) == ("es,population_size=6", "biases")
+    tuned.check(made, path)
+    for wrong in ({"finetune__optimizer": "spsa"}, {"finetune__space": "head"}):
+        with pytest.raises(UserError, match="leave one of the two out"):
+            tuned.check(with_(made, **wrong), path)
+
+
+def test_a_guess_is_what_a_run_would_have_had(config: Config) -> None:
+    rank = with_(config, finetune__space="lora", tune__search=["space.rank=2..16"])
+    assert first_guess(rank, searched(rank)) == {"space.rank": 8}
+    apart = with_(config, tune__search=["epsilon=0.5..1", "learning_rate=1e-9..1"])
+    assert list(first_guess(apart, searched(apart))) == ["learning_rate"]  # the default lies elsewhere
+
+
+def test_a_choice_may_be_any_text() -> None:
+    template = "{text} It was|Review: {text}"
+    assert parse(f"template={template}").choices == tuple(template.split("|"))
+
+
+def test_an_objective_that_was_changed_is_another_study(base: Layout, config: Config, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("def loss(outputs, targets): return outputs.sum(-1)")
+    own = with_(config, finetune__objective=f"{mine}:loss")
+    before = digest(own, base)
+    mine.write_text("def loss(outputs, targets): return -outputs.sum(-1)")
+    assert digest(own, base) != before
+
+
+def test_a_branch_of_a_project_that_has_moved_is_mended(tmp_path: Path) -> None:
+    for place in ("old", "new"):
+        layout = Layout(tmp_path / place / "base")
+        for folder in (layout.prepared, layout.pretrained):
+            folder.mkdir(parents=True)
+        made = runs.branch(layout, tmp_path / "branch")
+        assert made.prepared.resolve() == layout.prepared
+        (tmp_path / place).rename(tmp_path / f"{place}-gone")
+
+
 def test_a_tuned_json_that_is_none_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`pipeline tune` writes one"):
         tuned.read(tmp_path / "tuned.json")
@@ -432,7 +477,7 @@ def test_a_killed_study_loses_no_trial_and_runs_none_twice(bert: Path, table: Pa
         os.kill(process.pid, signal.SIGKILL)  # its workers end by themselves
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout[done.stdout.index("{") :])["trials"] == 4
+    assert json.loads(done.stdout)["trials"] == 4
     layout = Layout(tmp_path / "runs" / "study")
     study = open_study(configuration.read(layout.params), layout, next(trials.glob("*")))
     assert [each.number for each in study.ended] == [0, 1, 2, 3]

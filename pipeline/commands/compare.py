@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from pipeline.commands.configuring import configure
+from pipeline.commands.configuring import absolute, configure
 from pipeline.commands.options import ConfigFile, Model, Set
 from pipeline.commands.output import shown
 from pipeline.errors import UserError
@@ -49,7 +50,11 @@ def compare(
 
     if workers < 1 or tune < 0:
         raise UserError("--workers must be at least 1, and --tune at least 0")
-    chosen = configure(config, {}, {"model": model, "finetune.forward_passes": forward_passes}, set_ or [])
+    flags = {
+        "model": None if model is None else absolute(model),
+        "finetune.forward_passes": forward_passes,
+    }
+    chosen = configure(config, {}, flags, set_ or [])
     if chosen.prepare.task == "none":
         raise UserError("prepare.task is none: there is no fine-tuning to compare")
     if data_of(chosen.prepare.task) != LABELS:
@@ -59,6 +64,8 @@ def compare(
         )
     if chosen.finetune.then:
         raise UserError("compare runs one optimizer from start to end: set finetune.then to []")
+    if tune:
+        _check_search(chosen.tune.search)
     root = runs.folder(name, chosen, make=False)
     plan = Plan(root, chosen, parse_optimizers(optimizers), parse_seeds(seeds), tune)
     for each in plan.optimizers:
@@ -69,3 +76,15 @@ def compare(
         return
     typer.echo(markdown(found))
     typer.echo(f"{shown(root / NAME)}.html, .md, .json. Review: pipeline ui")
+
+
+def _check_search(search: Sequence[str]) -> None:
+    """Raises UserError where methods would not be compared on the same task at the same budget."""
+    from pipeline.tuning.search import SCALES, parse
+
+    for each in map(parse, search):
+        if each.name not in (*SCALES, "learning_rate") and not each.name.startswith("optimizer."):
+            raise UserError(
+                f"tune.search names '{each.name}', which is equal for all methods of a comparison; "
+                "it takes epsilon, sigma, learning_rate and optimizer.OPTION"
+            )

@@ -30,9 +30,9 @@ def configure(
         chosen = configuration.read(file or default)
     if tuned is not None:
         from pipeline.runs import find
-        from pipeline.tuned import applied as with_found
+        from pipeline.tuned import as_tuned
 
-        chosen = with_found(chosen, find(tuned).tuned)
+        chosen = as_tuned(chosen, find(tuned).tuned)
     applied: dict[str, Any] = {}
     if files.get("train") is not None:
         applied = {f"prepare.{key}": None for key in ("validation", "test", "text", "label")}
@@ -42,7 +42,12 @@ def configure(
             applied[f"prepare.{key}"] = value if key in ("text", "label") else absolute(value)
     applied |= {key: value for key, value in flags.items() if value is not None}
     chosen = configuration.updated(chosen, applied, source="pipeline run")
-    return _absolute_code(configuration.override(chosen, assignments))
+    chosen = configuration.override(chosen, assignments)
+    if tuned is not None:
+        from pipeline.tuned import check
+
+        check(chosen, find(tuned).tuned)
+    return _absolute_code(chosen)
 
 
 def _absolute_code(config: Config) -> Config:

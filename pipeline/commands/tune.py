@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Annotated
 
 import typer
 
-from pipeline.commands.configuring import configure
+from pipeline.commands.configuring import absolute, configure
 from pipeline.commands.options import ConfigFile, Model, Seed, Set
 from pipeline.commands.output import shown
 from pipeline.errors import UserError
@@ -16,8 +18,12 @@ def tune(
     optimizer: Annotated[
         str | None, typer.Option(metavar="SPEC", help="backend[:Name][,key=value…] to tune.")
     ] = None,
-    trials: Annotated[int, typer.Option(metavar="N", help="Whole fine-tuning runs, in all.")] = 30,
-    workers: Annotated[int, typer.Option(metavar="N", help="Processes at once.")] = 1,
+    trials: Annotated[
+        int | None, typer.Option(metavar="N", help="Whole fine-tuning runs, in all; tune.trials else.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes at once; tune.workers else.")
+    ] = None,
     search: Annotated[
         list[str] | None,
         typer.Option(
@@ -25,7 +31,9 @@ def tune(
             help="What to search; may be repeated. Else the optimizer's epsilon or sigma, and learning_rate.",
         ),
     ] = None,
-    by: Annotated[str, typer.Option(help="The validation figure that ranks trials: loss, f1, …")] = "loss",
+    by: Annotated[
+        str | None, typer.Option(help="The validation figure that ranks trials: loss, f1, …; tune.by else.")
+    ] = None,
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Optuna's database; else a journal file.")
     ] = None,
@@ -56,7 +64,7 @@ def tune(
         {},
         {
             "finetune.optimizer": optimizer,
-            "model": model,
+            "model": None if model is None else absolute(model),
             "finetune.forward_passes": forward_passes,
             "seed": seed,
             "tune.enabled": True,
@@ -75,7 +83,9 @@ def tune(
     begun = layout.params.is_file()
     first = runs.first_unfinished(layout, chosen) or "tune"
     stages = runs.stages_between(first if first in ("prepare", "pretrain") else "tune", "tune")
-    runs.execute(chosen, layout, stages, resume=begun)
+    # what is told on the way is no JSON
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        runs.execute(chosen, layout, stages, resume=begun)
     if as_json:
         typer.echo(layout.tuned.read_text(encoding="utf-8").rstrip())
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +22,7 @@ from pipeline.processes import as_done, context, end_with_parent, threads_of_eac
 from pipeline.registry import Spec
 from pipeline.stage import read_metrics
 from pipeline.tracking.lending import borrow, lending
+from pipeline.tuning.features import compute_part
 
 LOG, ERROR = "log.txt", "error.txt"
 YARDSTICKS = {
@@ -36,7 +38,8 @@ Say = Callable[[str], None]
 class Job:
     """Stages of one run; ``base`` is the run whose data and model it starts from, if any.
 
-    It waits for the job ``after``. With ``again`` the stages are run though they were.
+    It waits for the job ``after``. With ``again`` the stages are run though they were. One that ``encodes``
+    first computes the features that others share: no method's seconds have them.
     """
 
     label: str
@@ -46,6 +49,7 @@ class Job:
     base: Layout | None = None
     after: Job | None = None
     again: bool = False
+    encodes: bool = False
 
 
 def run_all(plan: Plan, workers: int, parent: str | None, say: Say) -> None:
@@ -116,7 +120,8 @@ def _starts(plan: Plan) -> dict[int, Job]:
 def _run_of(plan: Plan, optimizer: str, seed: int, after: Job | None, *, yardsticks: bool = False) -> Job:
     config, layout = plan.run_config(optimizer, seed, yardsticks=yardsticks), plan.run(optimizer, seed)
     stages = ("tune", "finetune", "evaluate")
-    return Job(f"{optimizer}, seed {seed}", config, layout, stages, plan.base(seed), after)
+    label = f"{optimizer}, seed {seed}"
+    return Job(label, config, layout, stages, plan.base(seed), after, encodes=yardsticks)
 
 
 def _missing_yardsticks(plan: Plan) -> list[Job]:
@@ -164,6 +169,10 @@ def _pool(workers: int, features: Path) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BrokenProcessPool:
             raise UserError("a process of the comparison ended early; the same command goes on") from None
+        except KeyboardInterrupt:  # they would finish what they have, and what they have taken
+            for process in list(pool._processes.values()):
+                process.kill()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -197,6 +206,8 @@ def _do(parent: str | None, job: Job) -> str:
         contextlib.redirect_stderr(log),
     ):
         try:
+            if job.encodes and "finetune" in left:
+                compute_part(job.config, layout, itertools.count(), 0)
             runs.execute(job.config, layout, left, resume=layout.params.is_file(), parent=parent)
         except UserError as error:
             if not job.again:  # else the run itself is whole

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as configuration
+from pipeline import user_code
 from pipeline.config import YARDSTICK, Config, TuneConfig
 from pipeline.errors import UserError
 from pipeline.layout import Layout
@@ -94,7 +95,13 @@ class Plan:
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
     def _said(self) -> dict[str, Any]:
-        own = {"optimizers": list(self.optimizers), "seeds": list(self.seeds), "tune": self.tune}
+        own: dict[str, Any] = {
+            "optimizers": list(self.optimizers),
+            "seeds": list(self.seeds),
+            "tune": self.tune,
+        }
+        if code := user_code.digests(self.config.prepare.task, self.config.finetune.objective):
+            own["code"] = code
         return own | {key: value for key, value in self.config.flat().items() if key != "seed"}
 
 

@@ -70,6 +70,11 @@ def prepare(config: Config, layout: Layout) -> dict[str, Any]:
         return _prepare_own(config, layout)
     task = _task(wanted, data, read_so_far) if data else None
     corpus = _corpus(wanted, task, read_so_far)
+    if wanted.shots is not None and data != LABELS:
+        raise UserError(
+            f"prepare.shots draws examples of each label, and {wanted.task} has none; "
+            "set prepare.shots to null and give fewer rows in prepare.train"
+        )
     if task and wanted.shots is not None:  # the corpus needs no labels: it has all training texts
         task = few_shot(task, wanted.shots, config.seed)
     if task is None and corpus is None:

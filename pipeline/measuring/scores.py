@@ -53,7 +53,7 @@ def token_f1(prompt: str, completion: str, target: str) -> float:
 
 
 def regex(prompt: str, completion: str, *, pattern: str = "") -> float:
-    """1 where ``pattern`` is found in the text, else 0. A comma in it is written ``\\x2c``."""
+    """1 where ``pattern`` is found in the text, else 0. In quotes it may hold commas and plus signs."""
     return float(_compiled(pattern).search(completion) is not None)
 
 

@@ -158,8 +158,11 @@ def _read_first(
     tokens = len(_prompt(encoder).vectors)
     given: dict[str, Any] = {}
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    segments = kwargs.get("token_type_ids")
     if mask is not None:
         given["attention_mask"] = nn.functional.pad(mask, (tokens, 0), value=1)
+    if segments is not None:  # the prompt is of the first
+        given["token_type_ids"] = nn.functional.pad(segments, (tokens, 0), value=0)
     if positions is not None:
         given["position_ids"] = positions + tokens
     if _goes_on(kwargs):

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.objective.base import AnyObjective, judge
+from pipeline.registry import split_unquoted
 from pipeline.tasks.base import Batch
 
 # a plus sign may also be part of a number, as in 1e+3
 _PLUS = re.compile(r"\+(?=\s*(?:[\d.]+(?:[eE]-?\d+)?\s*\*)?\s*[A-Za-z_./~])")
-_WEIGHTED = re.compile(r"\s*([^*]+?)\s*\*\s*(.+)")
+_WEIGHTED = re.compile(r"\s*([^*,]+?)\s*\*\s*(.+)")
 
 
 def terms(text: str) -> list[tuple[float, str]]:
@@ -23,7 +24,7 @@ def terms(text: str) -> list[tuple[float, str]]:
     Raises:
         UserError: a weight that is no number above 0.
     """
-    return [_term(part, text) for part in _PLUS.split(text)]
+    return [_term(part, text) for part in split_unquoted(text, _PLUS)]
 
 
 def _term(part: str, text: str) -> tuple[float, str]:

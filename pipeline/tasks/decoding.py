@@ -16,7 +16,8 @@ NextLogits = Callable[[Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are written. ``stop`` are the tokens that end one, ``pad`` is what stands behind its end.
+    """How texts are written. ``stop`` are the tokens that end one, ``pad`` is what stands behind its end,
+    ``first``, if not None, is what every text begins with, such as the token of a language.
 
     At a ``temperature`` of 0 the most likely token is taken; above, one is drawn from the softmax of
     logits / temperature.
@@ -26,6 +27,7 @@ class Decoding:
     temperature: float
     stop: tuple[int, ...]
     pad: int
+    first: int | None = None
 
 
 @torch.inference_mode()
@@ -38,7 +40,10 @@ def decode(next_logits: NextLogits, options: Decoding, seed: int) -> Tensor:
     written: list[Tensor] = []
     token: Tensor | None = None
     for position in range(options.max_new_tokens):
-        token = _chosen(next_logits(token), options.temperature, derive(seed, position))
+        logits = next_logits(token)
+        token = _chosen(logits, options.temperature, derive(seed, position))
+        if not written and options.first is not None:
+            token = torch.full_like(token, options.first)
         if written:
             token = torch.where(_ended(written[-1], options), options.pad, token)
         written.append(token)

@@ -12,17 +12,16 @@ from pipeline.data.prepare import PAIRS, PROMPTS, load_task
 from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.measuring.text_evaluation import TextExaminer
-from pipeline.models.loading import choose_device, load_config, load_language_model, load_tokenizer, writes_as
-from pipeline.models.prompt import stored_tokens
+from pipeline.models.loading import choose_device, load_language_model, load_tokenizer, writes_as
 from pipeline.noise import derive
 from pipeline.objective import TextObjective
-from pipeline.space import parse
 from pipeline.tasks.about import About
 from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled
+from pipeline.tasks.room import check_room
 from pipeline.tasks.seq2seq import Seq2Seq
-from pipeline.tasks.template import TEXT
-from pipeline.tasks.writing import CONFIG, Decoder, WritingData, check_room
+from pipeline.tasks.template import TEXT, check
+from pipeline.tasks.writing import CONFIG, Decoder, WritingData
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -49,10 +48,10 @@ class Writing:
         if not (layout.pretrained / "config.json").is_file():
             raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
         options, location = config.finetune, str(layout.pretrained)
+        check(options)
         template = options.template or TEXT
         rows, tokenizer = self._rows(layout), load_tokenizer(location)
-        prompt = parse(options.space).options.get("tokens", 0) or stored_tokens(layout.pretrained)
-        check_room(load_config(location), prompt, options.max_length, options.max_new_tokens)
+        check_room(options, location)
         model = _loaded(config, location, tokenizer)
         data = {
             split: WritingData(
@@ -134,7 +133,8 @@ class Generation(Writing):
         models="decoders, encoder-decoders",
         objectives=("exact_match", "regex", "length", "distinct", "classifier", "./file.py:score"),
         metrics=("score", "exact_match", "token_f1"),
-        example="pipeline run --task generation --model DIR --train prompts.csv --objective length,words=12",
+        example="pipeline run --task generation --model DIR --train prompts.csv "
+        "--objective length,words=12 -S pretrain.enabled=false -S finetune.space=lora",
     )
 
 
@@ -149,7 +149,8 @@ class Translation(Writing):
         models="decoders, encoder-decoders",
         objectives=("cross_entropy", "chrf", "bleu"),
         metrics=("loss", "bleu", "chrf"),
-        example="pipeline run --task translation --model DIR --train pairs.tsv --text en --label es",
+        example="pipeline run --task translation --model DIR --train pairs.tsv --text en --label es "
+        "-S pretrain.enabled=false -S finetune.space=lora",
     )
 
 
@@ -164,5 +165,6 @@ class Summarization(Writing):
         models="decoders, encoder-decoders",
         objectives=("cross_entropy", "rouge_l", "chrf"),
         metrics=("loss", "rouge_l", "chrf"),
-        example="pipeline run --task summarization --model DIR --train papers.csv --text body --label title",
+        example="pipeline run --task summarization --model DIR --train papers.csv "
+        "--text body --label title -S pretrain.enabled=false -S finetune.space=lora",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pipeline.config import Config, TrainConfig
+from pipeline.config import Config
 from pipeline.data.prepare import load_corpus, load_task
 from pipeline.engine import shared
 from pipeline.errors import UserError
@@ -13,14 +13,11 @@ from pipeline.layout import Layout
 from pipeline.measuring.evaluation import features, linear_probe, majority, predictions
 from pipeline.models.loading import (
     choose_device,
-    load_config,
     load_language_model,
     load_tokenizer,
     locate,
 )
-from pipeline.models.prompt import stored_tokens
 from pipeline.noise import derive
-from pipeline.space import parse
 from pipeline.tasks.about import About
 from pipeline.tasks.answered import load as load_headed
 from pipeline.tasks.base import Batch, Start, TaskModel
@@ -35,11 +32,11 @@ from pipeline.tasks.in_context import in_context
 from pipeline.tasks.language_modelling import CorpusData, LanguageModel, validation_batches
 from pipeline.tasks.phrased import load as load_completing
 from pipeline.tasks.prompted import PROMPTED_FILE
+from pipeline.tasks.room import check_length
 from pipeline.tasks.template import check
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
 _SAMPLE = 256  # training texts that set the head's scale and bias
 
@@ -67,7 +64,7 @@ class Classification:
         options, location = config.finetune, str(layout.pretrained)
         check(options)
         rows, tokenizer = load_task(layout), load_tokenizer(location)
-        _check_length("finetune", options, tokenizer, location)
+        check_length("finetune", options, tokenizer, location)
         built = build(config, location, rows, tokenizer)
         model = built.model
         data = {
@@ -149,7 +146,7 @@ class _LanguageModelling:
         """
         options, location = config.pretrain, locate(config.model)
         tokenizer = load_tokenizer(location)
-        _check_length("pretrain", options, tokenizer, location)
+        check_length("pretrain", options, tokenizer, location)
         if self.name == "mlm" and tokenizer.mask_token_id is None:
             raise UserError(f"{config.model} has no mask token; use pretrain.task=clm")
         corpus = load_corpus(layout)
@@ -205,17 +202,6 @@ class CausalLM(_LanguageModelling):
         models="decoders",
         objectives=("cross_entropy",),
         metrics=("loss", "perplexity", "accuracy", "bits per byte"),
-        example="pipeline run --task none --model DIR -S prepare.corpus=[my.txt] -S pretrain.task=clm",
+        example="pipeline run --task none --model DIR -S prepare.corpus=[my.txt] -S pretrain.task=clm "
+        "-S pretrain.space=full",
     )
-
-
-def _check_length(
-    section: str, options: TrainConfig, tokenizer: PreTrainedTokenizerBase, location: str
-) -> None:
-    """Raises UserError for texts that the model has no positions for, with the prompt before them."""
-    positions = getattr(load_config(location), "max_position_embeddings", None) or tokenizer.model_max_length
-    longest = min(tokenizer.model_max_length, positions)
-    prompt = parse(options.space).options.get("tokens", 0) or stored_tokens(Path(location))
-    if options.max_length + prompt > longest:
-        texts = f"{options.max_length}" + (f", after a prompt of {prompt:,}" if prompt else "")
-        raise UserError(f"{section}.max_length is {texts}; the model takes at most {longest:,} tokens")

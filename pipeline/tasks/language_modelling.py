@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.noise import derive
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.batching import pad
@@ -88,7 +89,11 @@ class _Given(nn.Module):
 
 
 class CorpusData:
-    """Unlabelled text cut into blocks of ``max_length`` tokens, and batches with targets from it."""
+    """Unlabelled texts, each cut to ``max_length`` tokens, and batches with targets from them.
+
+    Raises:
+        UserError: none has a token to predict.
+    """
 
     def __init__(
         self,
@@ -100,9 +105,14 @@ class CorpusData:
         mask_probability: float,
     ) -> None:
         tokens = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-        self._tokens = [row for row in tokens if len(row) > 2]
         self._tokenizer = tokenizer
         self._special = np.asarray(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
+        self._tokens = [row for row in tokens if len(row) > 2 and not np.isin(row, self._special).all()]
+        if not self._tokens:
+            raise UserError(
+                f"none of the corpus's {len(texts):,} texts has three tokens to this model's tokenizer; "
+                "see prepare.corpus"
+            )
         self._task = task
         self._probability = mask_probability
 

@@ -9,16 +9,14 @@ from pipeline.config import Config
 from pipeline.data.prepare import QUESTIONS, load_task
 from pipeline.errors import UserError
 from pipeline.layout import Layout
-from pipeline.models.loading import choose_device, load_config, load_encoder, load_tokenizer, writes_as
-from pipeline.models.prompt import stored_tokens
-from pipeline.space import parse
+from pipeline.models.loading import choose_device, load_encoder, load_tokenizer, writes_as
 from pipeline.tasks.about import About
 from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled
 from pipeline.tasks.generation import Writing
+from pipeline.tasks.room import check_length
 from pipeline.tasks.spans import HEAD_CONFIG, SpanReader
 from pipeline.tasks.windows import SpanData
-from pipeline.tasks.writing import check_room
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -49,9 +47,8 @@ class QuestionAnswering(Writing):
         if writes_as(str(layout.pretrained)):
             return super().start(config, layout, folder)
         options, location = config.finetune, str(layout.pretrained)
-        prompt = parse(options.space).options.get("tokens", 0) or stored_tokens(layout.pretrained)
-        check_room(load_config(location), prompt, options.max_length, 0)
         rows, tokenizer = load_task(layout), load_tokenizer(location)
+        check_length("finetune", options, tokenizer, location)
         encoder = load_encoder(location, config.dtype)
         model = SpanReader(encoder, encoder.config.hidden_size)
         model.eval().to(choose_device(config.device))

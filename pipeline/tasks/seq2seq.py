@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models.loading import load_language_model, load_tokenizer
-from pipeline.models.prompt import CACHE_NAMES
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.batching import pad
 from pipeline.tasks.decoding import decode
-from pipeline.tasks.writing import CONFIG, Phrasing, decoding, texts
+from pipeline.tasks.writing import CONFIG, Phrasing, cache_name, decoding, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,7 +139,7 @@ class _Reader:
         config = model.model.config
         self._cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         takes = inspect.signature(type(model.model).forward).parameters
-        self._named = next(name for name in CACHE_NAMES if name in takes)
+        self._named = cache_name(takes, model.model)
         first = start_token(model.model)
         self._start = torch.full((len(self._mask),), first, device=self._mask.device)
 
@@ -176,9 +175,15 @@ class Answered:
         self._pad = pad_id
         self._start = start
 
-    def lead(self, template: str) -> str:
-        """Nothing: an answer is a text of its own."""
-        return ""
+    def prompts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """As the encoder reads a text of its own."""
+        rows: list[list[int]] = tokenizer(texts)["input_ids"]
+        return rows
+
+    def targets(self, texts: list[str], template: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """As the decoder learned to write them: BART, for one, begins with a token of its own."""
+        rows: list[list[int]] = tokenizer(text_target=texts)["input_ids"]
+        return rows
 
     def learned(self, prompts: list[list[int]], targets: list[list[int]]) -> Batch:
         read = pad([[self._start, *target[:-1]] for target in targets], self._pad)["input_ids"]

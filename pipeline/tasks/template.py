@@ -76,7 +76,7 @@ class Template:
         """A causal model's end stays open, whatever its tokenizer would close it with."""
         found = self._tokenizer(list(texts), return_special_tokens_mask=True, verbose=False)
         rows = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
-        return [list(ids) if self._masked else ids[: _open_end(special)] for ids, special in rows]
+        return [list(ids) if self._masked else ids[: open_end(special)] for ids, special in rows]
 
     def tokens(self, texts: Sequence[str], max_length: int, spare: int = 0) -> list[list[int]]:
         """Each text in the template, as ids; of a text that is too long the end is cut.
@@ -142,7 +142,7 @@ class Template:
         return ids
 
 
-def _open_end(special: Sequence[int]) -> int:
+def open_end(special: Sequence[int]) -> int:
     """How many tokens there are before the special ones at the end."""
     length = len(special)
     while length and special[length - 1]:

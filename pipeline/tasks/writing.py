@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models.loading import load_language_model, load_tokenizer
@@ -19,7 +19,7 @@ from pipeline.tasks.base import Asked, Batch
 from pipeline.tasks.batching import pad, pad_left
 from pipeline.tasks.decoding import Decoding, decode
 from pipeline.tasks.language_modelling import LanguageModel
-from pipeline.tasks.template import TEXT
+from pipeline.tasks.template import TEXT, open_end
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +80,7 @@ class _Reader:
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         takes = inspect.signature(type(model.encoder).forward).parameters
         self._told = "position_ids" in takes
-        self._named = next(name for name in CACHE_NAMES if name in takes)
+        self._named = cache_name(takes, model.model)
 
     def __call__(self, token: Tensor | None) -> Tensor:
         if token is not None:
@@ -96,6 +96,18 @@ class _Reader:
             **more,
         )
         return self._model.outputs(read.last_hidden_state[:, -1])
+
+
+def cache_name(takes: Mapping[str, Any], model: nn.Module) -> str:
+    """What a forward pass that takes those parameters calls the keys and values that were computed before.
+
+    Raises:
+        UserError: it takes none.
+    """
+    for name in CACHE_NAMES:
+        if name in takes:
+            return name
+    raise UserError(f"a {type(model).__name__} keeps no keys and values, by which a text is written")
 
 
 def texts(written: Tensor, options: Decoding, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -114,14 +126,19 @@ def decoding(
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tokenizer.eos_token_id if ends is None else ends
     stop = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
-    return Decoding(max_new_tokens, temperature, stop, stop[0] if stop else -1)
+    first = getattr(model.generation_config, "forced_bos_token_id", None)
+    return Decoding(max_new_tokens, temperature, stop, stop[0] if stop else -1, first)
 
 
 class Phrasing(Protocol):
     """How a row becomes what a model reads and should write."""
 
-    def lead(self, template: str) -> str:
-        """What stands before a target."""
+    def prompts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Tokens of what is read."""
+        ...
+
+    def targets(self, texts: list[str], template: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Tokens of what should be written, behind prompts of ``template``; without an end."""
         ...
 
     def learned(self, prompts: list[list[int]], targets: list[list[int]]) -> Batch:
@@ -139,9 +156,19 @@ class Continued:
     def __init__(self, pad_id: int) -> None:
         self._pad = pad_id
 
-    def lead(self, template: str) -> str:
-        """A space, where the template does not end in one."""
-        return "" if template[-1].isspace() else " "
+    def prompts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Each with its end open, whatever the tokenizer would close it with."""
+        found = tokenizer(texts, return_special_tokens_mask=True)
+        rows = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
+        return [list(ids)[: open_end(special)] for ids, special in rows]
+
+    def targets(self, texts: list[str], template: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Each after a space, where the template does not end in one."""
+        lead = "" if template[-1].isspace() else " "
+        rows: list[list[int]] = tokenizer([lead + text for text in texts], add_special_tokens=False)[
+            "input_ids"
+        ]
+        return rows
 
     def learned(self, prompts: list[list[int]], targets: list[list[int]]) -> Batch:
         inputs = pad([prompt + target for prompt, target in zip(prompts, targets, strict=True)], self._pad)
@@ -179,13 +206,11 @@ class WritingData:
     ) -> None:
         self._phrasing = phrasing
         self._prompts = prompts = [_filled(template, text, tokenizer, max_length) for text in rows["text"]]
-        self._tokens: list[list[int]] = tokenizer(prompts)["input_ids"] if prompts else []
+        self._tokens = phrasing.prompts(prompts, tokenizer) if prompts else []
         self._references = _references(rows)
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        lead = phrasing.lead(template)
-        written = [] if self._references is None else [lead + several[0] for several in self._references]
-        tokens = tokenizer(written, add_special_tokens=False)["input_ids"] if written else []
-        self._targets = [(row + end)[:max_new_tokens] for row in tokens]
+        written = [] if self._references is None else [several[0] for several in self._references]
+        tokens = phrasing.targets(written, template, tokenizer) if written else []
+        self._targets = [_ended(row, tokenizer.eos_token_id)[:max_new_tokens] for row in tokens]
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -214,6 +239,10 @@ class WritingData:
         ]
 
 
+def _ended(row: list[int], end: int | None) -> list[int]:
+    return row if end is None or row[-1:] == [end] else [*row, end]
+
+
 def _references(rows: Dataset) -> list[tuple[str, ...]] | None:
     """What may be written of each row: its target, or any of its answers."""
     if "answers" in rows.column_names:
@@ -239,15 +268,3 @@ def _filled(template: str, text: str, tokenizer: PreTrainedTokenizerBase, max_le
         f"finetune.max_length is {max_length}, which leaves no room for a text in the template "
         f"'{' '.join(template.split())}'; raise it, or shorten finetune.template"
     )
-
-
-def check_room(config: Any, prompt: int, max_length: int, max_new_tokens: int) -> None:
-    """Raises UserError for texts that the model has no positions for."""
-    longest = getattr(config, "max_position_embeddings", None)
-    needed = prompt + max_length + max_new_tokens
-    if longest and needed > longest:
-        raise UserError(
-            f"finetune.max_length and max_new_tokens are {needed:,} tokens together"
-            + (f", after a prompt of {prompt:,}" if prompt else "")
-            + f"; the model takes at most {longest:,}"
-        )

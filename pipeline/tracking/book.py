@@ -94,6 +94,8 @@ class Book:
         known = self._ids.get(run) or self._find(run)
         if known is not None:
             self._client.update_run(known, status="RUNNING")
+            if "error" in self._client.get_run(known).data.tags:  # of how it was cut off
+                self._client.delete_tag(known, "error")
             self._ids[run] = known
             return
         tags = {**tags, RUN: run}

@@ -19,7 +19,17 @@ FILE = "made.jsonl"
 
 def note(layout: Layout, stage: str, entry: dict[str, Any]) -> None:
     """Notes the run that is at the stage's results now, so that a resumed one finds it."""
-    every = noted(layout) | {stage: entry}
+    _write(layout, noted(layout) | {stage: entry})
+
+
+def forget(layout: Layout, stage: str) -> None:
+    """Takes back what was noted of the stage: no tracked run has made what lies there now."""
+    every = noted(layout)
+    if every.pop(stage, None):
+        _write(layout, every)
+
+
+def _write(layout: Layout, every: dict[str, dict[str, Any]]) -> None:
     part = layout.ledger.with_suffix(".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_text(json.dumps(every, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Features that every trial reads: computed before the first one, by all processes of a study."""
+"""Features that several runs read: computed before the first one, by all processes of a study."""
 
 from __future__ import annotations
 

@@ -27,15 +27,15 @@ def line(trial: FrozenTrial, study: Study) -> str:
     return f"trial {trial.number}: {end}  ({values})"
 
 
-def table(study: Study, by: str) -> str:
-    """The trials as a Markdown table, the best first."""
+def table(study: Study, by: str, guessed: bool) -> str:
+    """The trials as a Markdown table, the best first. ``guessed``: trial 0 is the first guess."""
     labels = [each.label for each in study.parameters]
     best_first = sorted(study.ended, key=lambda each: _rank(each, study))
     rows = [["trial", by, *labels, ""], ["---"] * (len(labels) + 3)]
     for each in best_first:
         value = "" if each.value is None else f"{each.value:.4f}"
         settings = [_short(each.params.get(label, "")) for label in labels]
-        note = each.user_attrs.get("error", "first guess" if each.number == 0 else "")
+        note = each.user_attrs.get("error", "first guess" if guessed and each.number == 0 else "")
         rows.append([str(each.number), value, *settings, note])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -72,8 +72,8 @@ def write_report(study: Study, folder: Path, config: Config, found: dict[str, An
         f"{found['trials']} trials of {config.finetune.forward_passes:,} forward passes, seed {config.seed}, "
         f"each scored on the whole validation split after its last step (`{config.tune.by}`). The test was "
         "not looked at.",
-        f"Best: trial {found['trial']}, {found['value']:.4f}; the first guess came to "
-        f"{'no value' if found['first_guess'] is None else format(found['first_guess'], '.4f')}.",
+        f"Best: trial {found['trial']}, {found['value']:.4f}"
+        + ("." if found["first_guess"] is None else f"; the first guess came to {found['first_guess']:.4f}."),
         "`" + " ".join(f"-S {key}={value}" for key, value in found["values"].items()) + "`",
     ]
     if shares:
@@ -83,7 +83,7 @@ def write_report(study: Study, folder: Path, config: Config, found: dict[str, An
             + "."
         )
     text += [f"![]({path.name})" for path in pictures]
-    text.append(table(study, config.tune.by))
+    text.append(table(study, config.tune.by, found["first_guess"] is not None))
     (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import user_code
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout
@@ -45,7 +46,8 @@ def search(context: Context) -> dict[str, Any]:
 
 def _searched(context: Context, study: Study, folder: Path) -> dict[str, Any]:
     config, layout = context.config, context.layout
-    study.guess_first(first_guess(config, study.parameters))
+    guess = first_guess(config, study.parameters)
+    study.guess_first(guess)
     context.say(
         f"tune: {config.tune.trials} trials over {', '.join(each.label for each in study.parameters)}, each "
         f"{config.finetune.forward_passes:,} forward passes of {config.finetune.optimizer}; in {folder}"
@@ -57,7 +59,7 @@ def _searched(context: Context, study: Study, folder: Path) -> dict[str, Any]:
     best = study.best
     if best is None:
         raise UserError(_nothing(study))
-    found = _found(config, study, best)
+    found = _found(config, study, best, guess)
     context.say(f"tune: best is {line(best, study)}; {time.perf_counter() - started:,.0f} s")
     write_report(study, folder, config, found)
     for path in sorted(folder.glob("*.png")):
@@ -70,6 +72,7 @@ def digest(config: Config, layout: Layout) -> str:
     """Twelve hex digits of everything a trial's result hangs on."""
     values = {key: value for key, value in config.flat().items() if key not in _FREE}
     values = {key: value for key, value in values.items() if not key.startswith("evaluate.")}
+    values |= user_code.digests(config.prepare.task, config.finetune.objective)
     said = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path in (layout.prepared / "card.json", *sorted(layout.pretrained.glob("*.safetensors"))):
         if path.is_file():
@@ -78,14 +81,15 @@ def digest(config: Config, layout: Layout) -> str:
     return said.hexdigest()[:12]
 
 
-def _found(config: Config, study: Study, best: FrozenTrial) -> dict[str, Any]:
-    first = study.trials[0]
+def _found(config: Config, study: Study, best: FrozenTrial, guess: dict[str, Any]) -> dict[str, Any]:
+    first = study.trials[0].value
+    guessed = len(guess) == len(study.parameters) and first is not None and math.isfinite(first)
     return {
         "values": assignments(values_of(best.params, study.parameters), config),
         "by": config.tune.by,
         "value": best.value,
         "trial": best.number,
-        "first_guess": first.value,
+        "first_guess": first if guessed else None,
         "trials": len(study.ended),
         "failed": sum(each.value is None for each in study.ended),
         "optimizer": config.finetune.optimizer,

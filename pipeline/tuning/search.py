@@ -58,11 +58,14 @@ def searched(config: Config) -> list[Parameter]:
     """
     found = [parse(text) for text in config.tune.search] or _of_optimizer(config)
     names = [each.name for each in found]
+    free = [each.name for each in found if not each.times]
     for each in found:
         if names.count(each.name) > 1:
             raise UserError(f"tune.search names '{each.name}' twice")
-        if each.times and each.times not in names:
-            raise UserError(f"tune.search ties '{each.name}' to '{each.times}', which is not searched")
+        if each.times and each.times not in free:
+            raise UserError(
+                f"tune.search ties '{each.name}' to '{each.times}', which is not searched by itself"
+            )
         _check(each.name, config)
     return sorted(found, key=lambda each: bool(each.times))
 
@@ -138,7 +141,9 @@ def _of_optimizer(config: Config) -> list[Parameter]:
 
 def _present(config: Config) -> dict[str, Any]:
     """Every parameter that can be searched, with its value now."""
-    options, kind = config.finetune, Spec.parse(config.finetune.space)
+    from pipeline import space
+
+    options, kind = config.finetune, space.parse(config.finetune.space)
     method = defaults_of(Spec.parse(options.optimizer), kind.backend)
     given = {key: value for key, value in dataclasses.asdict(options).items() if key not in _SPECS}
     scales = {key: method[key] for key in (*SCALES, "learning_rate") if key in method}
@@ -174,4 +179,8 @@ def _check(name: str, config: Config) -> None:
 def _literal(text: str) -> Any:
     import yaml
 
-    return yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, dict | list) else value  # a template has braces and colons

@@ -137,12 +137,11 @@ def _defaults(
     settings = variant.DEFAULTS.get(space)
     if settings is None:
         return {}
-    scale, count = ("epsilon", "directions") if backend is spsa else ("sigma", "population_size")
-    return {
-        scale: settings.epsilon,
-        "learning_rate": settings.learning_rate,
-        count: settings.directions,
-    }
+    if backend is spsa:
+        scale, count = "epsilon", {"directions": settings.directions}
+    else:  # mirrored: two samples a direction
+        scale, count = "sigma", {"population_size": 2 * settings.directions}
+    return {scale: settings.epsilon, "learning_rate": settings.learning_rate, **count}
 
 
 # where `pipeline.registry` looks for them
