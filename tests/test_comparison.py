@@ -214,6 +214,12 @@ def test_a_comparison_repeats_and_goes_on_after_a_kill(
     other = run([*line, "--seeds", "3"], environment)
     assert other.returncode == 2
     assert "compares with seeds=[0, 1], now [0, 1, 2]; use another --name" in other.stderr
+    before = table.read_bytes()
+    table.write_bytes(before + before.splitlines(keepends=True)[-1])
+    changed = run(line, environment)
+    table.write_bytes(before)
+    assert changed.returncode == 2
+    assert f"{table} was changed since" in changed.stderr
     done = run([*line, "--json"], environment)
     assert done.returncode == 0, done.stderr
     once, again = json.loads((whole[0] / "comparison.json").read_text("utf-8")), json.loads(done.stdout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -439,6 +440,9 @@ def test_a_study_lives_in_postgresql(base: Layout, config: Config, database: str
         assert all(each.value is not None for each in study.ended)
         assert study.trials[0].params == {"epsilon": 0.01, "learning_rate": 0.002}
     assert not (folder / "journal.log").exists()
+    shutil.rmtree(folder)
+    with closing(open_study(chosen, base, folder)) as study:
+        assert not study.trials  # the database's are of what was deleted
     with pytest.raises(UserError, match="cannot be opened"):
         open_study(with_(chosen, tune__storage=database + "nowhere"), base, folder)
 

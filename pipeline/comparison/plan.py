@@ -12,6 +12,7 @@ from typing import Any
 from pipeline import config as configuration
 from pipeline import user_code
 from pipeline.config import YARDSTICK, Config, TuneConfig
+from pipeline.data.prepare import digests
 from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.registry import Spec
@@ -19,6 +20,7 @@ from pipeline.runs import slug
 from pipeline.tuned import applied
 
 FILE = "plan.json"
+FILES = ("data", "code")  # of what the plan says: the digests of files, by path
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,17 @@ class Plan:
         if path.is_file():
             before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             for key, value in now.items():
-                if before.get(key) != value:
+                if before.get(key) == value:
+                    continue
+                if key in FILES:
+                    known = before.get(key, {})
+                    changed = next(name for name, digest in value.items() if known.get(name) != digest)
                     raise UserError(
-                        f"{self.root} compares with {key}={before.get(key)}, now {value}; use another --name"
+                        f"{changed} was changed since {self.root} began; put it back, or use another --name"
                     )
+                raise UserError(
+                    f"{self.root} compares with {key}={before.get(key)}, now {value}; use another --name"
+                )
             return
         self.root.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
@@ -100,6 +109,8 @@ class Plan:
             "seeds": list(self.seeds),
             "tune": self.tune,
         }
+        if data := digests(self.config):
+            own["data"] = data
         if code := user_code.digests(self.config.prepare.task, self.config.finetune.objective):
             own["code"] = code
         return own | {key: value for key, value in self.config.flat().items() if key != "seed"}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.comparison.jobs import YARDSTICKS, failure, has_yardsticks
 from pipeline.comparison.plan import Plan
 from pipeline.comparison.statistics import paired, spread
+from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.stage import read_metrics
 from pipeline.trajectory import FILE
@@ -66,10 +67,16 @@ def _run(plan: Plan, optimizer: str, seed: int) -> Run:
     layout = plan.run(optimizer, seed)
     if error := failure(plan, optimizer, seed):
         return Run(error=error)
+    metrics = read_metrics(layout.metrics)
+    if f"test/{METRIC}" not in metrics:
+        raise UserError(
+            f"compare compares methods by {METRIC}, which {plan.config.prepare.task} does not measure; "
+            f"the runs are in {plan.root}"
+        )
     with layout.predictions.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return Run(
-        read_metrics(layout.metrics),
+        metrics,
         np.array([float(row["loss"]) for row in rows]),
         np.array([float(row["hit"]) for row in rows]),
         _curve(layout),

@@ -7,6 +7,7 @@ and ``label`` (ClassLabel, names sorted), or, where a task's labels are texts, `
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -137,10 +138,20 @@ def check_sources(config: Config) -> None:
     tasks = ["none", *(plugin.name for plugin in installed(["task"]))]
     if wanted.task not in tasks and not Reference.parse(wanted.task):
         raise unknown("task", wanted.task, tasks)
+    for source in _sources(config):
+        must_exist(source)
+
+
+def digests(config: Config) -> dict[str, str]:
+    """The sha256 of each file that is read, by its path; packages and hub data have versions of their own."""
+    paths = [path for path in map(Path, _sources(config)) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def _sources(config: Config) -> list[str]:
+    wanted = config.prepare
     files = [wanted.train, wanted.validation, wanted.test] if wanted.task != "none" else []
-    for source in [*files, *wanted.corpus]:
-        if source is not None and source != OWN_TEXT:
-            must_exist(source)
+    return [source for source in [*files, *wanted.corpus] if source is not None and source != OWN_TEXT]
 
 
 def load_task(layout: Layout) -> DatasetDict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.synchronize import Event
@@ -40,12 +41,23 @@ def open_study(config: Config, base: Layout, folder: Path) -> Study:
     return Study(
         folder,
         searched(config),
-        name=f"{base.root.name}-{folder.name}",
+        name=_name(base, folder, options.storage),
         direction="minimize" if options.by in MINIMISED else "maximize",
         seed=config.seed,
         storage=options.storage,
         workers=options.workers,
     )
+
+
+def _name(base: Layout, folder: Path, storage: str | None) -> str:
+    """What the study is called; in a database, which outlives its folder, by a name of the folder's own."""
+    name, path = f"{base.root.name}-{folder.name}", folder / "study.txt"
+    if storage is None:
+        return name
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name}-{uuid.uuid4().hex[:8]}", encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def work(config: Config, base: Layout, folder: Path, parent: str | None, on_end: OnEnd) -> None:
