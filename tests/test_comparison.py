@@ -182,6 +182,7 @@ def test_a_whole_comparison(whole: tuple[Path, subprocess.CompletedProcess[str]]
     assert difference["mean"] == pytest.approx(means[0] - means[1])
     assert difference["low"] <= difference["mean"] <= difference["high"]
     assert set(found["timings"]["rows"]) == {"spsa", "nevergrad:DE", "adamw"}
+    assert list((folder / "features").glob("*.safetensors")), "the methods share what they read"
     text = (folder / "comparison.md").read_text("utf-8")
     assert "not run: " in text
     assert text.splitlines()[0] in done.stdout

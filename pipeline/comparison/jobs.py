@@ -32,6 +32,7 @@ YARDSTICKS = {
     "linear_probe": "linear probe",
 }
 Say = Callable[[str], None]
+_for_life = contextlib.ExitStack()  # what lasts as long as the process: what nobody holds ends at once
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _begin(features: Path, scribe: str) -> None:
     end_with_parent()
     borrow(scribe)
     torch.set_num_threads(1)
-    contextlib.ExitStack().enter_context(sharing(features))  # for as long as the process lives
+    _for_life.enter_context(sharing(features))
 
 
 def _do(parent: str | None, job: Job) -> str:

@@ -112,7 +112,8 @@ def _read(name: str) -> Features:
     assert _shared
     found: Features = {}
     for path in sorted(_shared.folder.glob(f"{name}.*.safetensors")) if _shared.folder else ():
-        found |= load_file(path)
+        # in memory of their own: where a file has put a tensor, its products may have other last bits
+        found |= {key: tensor.clone() for key, tensor in load_file(path).items()}
     return found
 
 
