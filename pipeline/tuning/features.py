@@ -32,13 +32,15 @@ def compute_part(config: Config, base: Layout, turns: Iterable[int], process: in
     head_only = not begin.examiner and space.only_in(begin.model.head_parameters())
     if not head_only or training.forward_passes < steps * _PASSES_A_STEP:
         return
+    end = steps + len(begin.validation)
+    ahead = iter(turns)
+    turn = next(ahead, end)
     engine = Engine(begin.model, space, 0, training.run_seed, training.objective)
-    for turn in turns:
-        if turn < steps:
-            engine.recall([begin.batch(turn)])
-        elif turn < steps + len(begin.validation):
-            features(begin.model, [begin.validation[turn - steps]])
-        else:
-            break
-    engine.close()
+    while turn < steps:
+        engine.recall([begin.batch(turn)])
+        turn = next(ahead, end)
+    engine.close()  # what is held out is read by the model's own products, as a run by itself reads it
+    while turn < end:
+        features(begin.model, [begin.validation[turn - steps]])
+        turn = next(ahead, end)
     shared.save(process)
