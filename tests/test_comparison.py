@@ -215,6 +215,9 @@ def test_a_comparison_repeats_and_goes_on_after_a_kill(
     other = run([*line, "--seeds", "3"], environment)
     assert other.returncode == 2
     assert "compares with seeds=[0, 1], now [0, 1, 2]; use another --name" in other.stderr
+    other = run([*line, "-S", "prepare.corpus=[]"], environment)
+    assert other.returncode == 2
+    assert "compares with prepare.corpus=" in other.stderr
     before = table.read_bytes()
     table.write_bytes(before + before.splitlines(keepends=True)[-1])
     changed = run(line, environment)

@@ -88,32 +88,26 @@ class Plan:
         if path.is_file():
             before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             for key, value in now.items():
-                if before.get(key) == value:
+                known = before.get(key, value if key in FILES else None)  # older plans say nothing of files
+                if known == value:
                     continue
                 if key in FILES:
-                    known = before.get(key, {})
-                    changed = next(name for name, digest in value.items() if known.get(name) != digest)
+                    name = next(name for name in {**known, **value} if known.get(name) != value.get(name))
                     raise UserError(
-                        f"{changed} was changed since {self.root} began; put it back, or use another --name"
+                        f"{name} was changed since {self.root} began; put it back, or use another --name"
                     )
-                raise UserError(
-                    f"{self.root} compares with {key}={before.get(key)}, now {value}; use another --name"
-                )
+                raise UserError(f"{self.root} compares with {key}={known}, now {value}; use another --name")
             return
         self.root.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
     def _said(self) -> dict[str, Any]:
-        own: dict[str, Any] = {
-            "optimizers": list(self.optimizers),
-            "seeds": list(self.seeds),
-            "tune": self.tune,
-        }
-        if data := digests(self.config):
-            own["data"] = data
-        if code := user_code.digests(self.config.prepare.task, self.config.finetune.objective):
-            own["code"] = code
-        return own | {key: value for key, value in self.config.flat().items() if key != "seed"}
+        """Parameters first: with another file as one, it is the parameter that differs."""
+        own: dict[str, Any] = {"optimizers": list(self.optimizers), "seeds": list(self.seeds)}
+        own["tune"] = self.tune
+        own |= {key: value for key, value in self.config.flat().items() if key != "seed"}
+        code = user_code.digests(self.config.prepare.task, self.config.finetune.objective)
+        return own | dict(zip(FILES, (digests(self.config), code), strict=True))
 
 
 def parse_optimizers(text: str) -> tuple[str, ...]:
