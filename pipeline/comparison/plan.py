@@ -88,7 +88,8 @@ class Plan:
         if path.is_file():
             before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             for key, value in now.items():
-                known: Any = before.get(key, value if key in FILES else None)  # older plans say nothing of files
+                # older plans say nothing of files
+                known: Any = before.get(key, value if key in FILES else None)
                 if known == value:
                     continue
                 if key in FILES:
