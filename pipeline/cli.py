@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,18 @@ import typer.core
 
 from pipeline.commands.compare import compare
 from pipeline.commands.configuring import absolute, configure
-from pipeline.commands.options import ConfigFile, Model, Seed, Set
+from pipeline.commands.options import (
+    ConfigFile,
+    HeldOut,
+    Label,
+    Model,
+    Objective,
+    Seed,
+    Set,
+    Task,
+    Text,
+    Train,
+)
 from pipeline.commands.output import shown
 from pipeline.commands.plugins import plugins
 from pipeline.commands.register import register
@@ -70,28 +80,13 @@ def run(
         str | None, typer.Option(metavar="SPEC", help="backend[:Name][,key=value…] for the finetune stage.")
     ] = None,
     model: Model = None,
-    task: Annotated[
-        str | None, typer.Option(help="A task of `pipeline tasks`, FILE.py:NAME, or none to pretrain only.")
-    ] = None,
-    objective: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", help="name[,key=value…], FILE.py:NAME, or a sum such as a+0.1*b."),
-    ] = None,
-    train: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Labelled text: CSV, TSV, JSONL, Parquet, …")
-    ] = None,
-    validation: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Else held out of the training text.")
-    ] = None,
-    test: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Else held out of the training text.")
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column that holds the text.")
-    ] = None,
-    label: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column that holds the label.")
-    ] = None,
+    task: Task = None,
+    objective: Objective = None,
+    train: Train = None,
+    validation: HeldOut = None,
+    test: HeldOut = None,
+    text: Text = None,
+    label: Label = None,
     config: ConfigFile = None,
     set_: Set = None,
     forward_passes: Annotated[
@@ -216,12 +211,15 @@ def show(
     """
     from pipeline import runs
     from pipeline.reporting.report import table
+    from pipeline.stage import read_metrics
 
     layout = runs.find(run)
     if not layout.metrics.is_file():
         raise UserError(f"{shown(layout.root)} has no metrics.json yet: its evaluate stage has not run")
-    text = layout.metrics.read_text(encoding="utf-8")
-    typer.echo(text.rstrip() if as_json else table(json.loads(text)))
+    if as_json:
+        typer.echo(layout.metrics.read_text(encoding="utf-8"), nl=False)
+    else:
+        typer.echo(table(read_metrics(layout.metrics)))
 
 
 app.add_typer(plugins, name="plugins")

@@ -12,6 +12,10 @@ class UserError(Exception):
     """What is wrong, where, and what to do about it, in one line."""
 
 
+class Unsuitable(UserError):
+    """A method that is right as it is written, but not for this budget, this memory or these weights."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'spsa'?`` for a misspelt ``word``, or ``""`` when nothing is near."""
     by_lower = {choice.lower(): choice for choice in choices}

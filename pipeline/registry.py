@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.entry_points import load
-from pipeline.errors import UserError, nearest
+from pipeline.errors import Unsuitable, UserError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -263,7 +263,7 @@ def _refuse_too_large(
     where = torch.device("cpu") if getattr(backend, "in_host_memory", False) else problem.device
     needed, free = declare(problem, **options), free_bytes(where)
     if needed > free:
-        raise UserError(
+        raise Unsuitable(
             f"'{spec}' needs {readable_bytes(needed)} for the {problem.size:,} coordinates of the space "
             f"'{problem.space}' and {readable_bytes(free)} are free; choose a smaller space, such as "
             f"projection,dimension={_fitting_dimension(declare, problem, options, free)}, or a method that "
@@ -274,7 +274,7 @@ def _refuse_too_large(
 def _fitting_dimension(
     declare: Callable[..., int], problem: Problem, options: dict[str, Any], free: int
 ) -> int:
-    """The largest power of ten, at most 1,000, whose declared memory is under a tenth of what is free."""
+    """Of 1,000 and 100 the larger that takes less than a tenth of what is free; 10 where neither does."""
     for size in (1000, 100):
         smaller = dataclasses.replace(problem, size=size, space="projection")
         if declare(smaller, **options) < free / 10:

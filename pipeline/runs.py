@@ -14,7 +14,7 @@ import yaml
 from pipeline import config as configuration
 from pipeline.config import Config, TrainConfig
 from pipeline.errors import UserError, unknown
-from pipeline.layout import Layout, project_root
+from pipeline.layout import Layout, partial, project_root
 from pipeline.stage import ORDER, run
 
 
@@ -115,6 +115,8 @@ def unfinished(layout: Layout) -> tuple[Config, tuple[str, ...]]:
     Raises:
         UserError: it is whole.
     """
+    if layout.name == "repro":
+        raise UserError("the project's own stages go on by `dvc repro`")
     config = configuration.read(layout.params)
     if first := first_unfinished(layout, config):
         return config, stages_between(first, None)
@@ -123,9 +125,13 @@ def unfinished(layout: Layout) -> tuple[Config, tuple[str, ...]]:
 
 def first_unfinished(layout: Layout, config: Config) -> str | None:
     """The first stage that has not written all it writes; None where all have."""
+    begun = layout.finetuned.is_dir() or partial(layout.finetuned).is_dir()
+    skipped = {
+        "tune": not config.tune.enabled or begun,  # fine-tuning went on without it
+        "finetune": config.prepare.task == "none",
+    }
     for stage in ORDER:
-        skipped = stage == "finetune" and config.prepare.task == "none"
-        if not layout.last_written(stage).is_file() and not skipped:
+        if not layout.last_written(stage).is_file() and not skipped.get(stage):
             return stage
     return None
 
@@ -163,7 +169,8 @@ def execute(
     except Timeout:
         raise UserError(f"another process is at work in {layout.root}; choose another --name") from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; to go on: pipeline run --resume {layout.root.name}") from None
+        again = "the same command" if stages[-1] == "tune" else f"pipeline run --resume {layout.name}"
+        raise KeyboardInterrupt(f"; to go on: {again}") from None
     except UserError:
         if {path.name for path in layout.root.rglob("*")} <= {
             lock.name,
@@ -195,7 +202,7 @@ def _same_before(layout: Layout, config: Config, first: str) -> None:
         if (section in kept or ("." not in key and kept)) and before.get(key) != value:
             raise UserError(
                 f"{layout.root} was made with {key}={before.get(key)}, now {value}: "
-                f"--config {layout.params} keeps its parameters; or use another --name or an earlier --from"
+                f"--config {layout.params} keeps its parameters; or use another --name"
             )
 
 

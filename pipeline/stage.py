@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from pipeline.config import Config
 from pipeline.entry_points import load
 from pipeline.errors import guarded
 from pipeline.layout import Layout, partial
+from pipeline.strict_json import strict_json
+from pipeline.user_code import blamed
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
@@ -98,7 +101,8 @@ def run(
     from pipeline.tracking import ledger, track
 
     stage: Stage = load("stage", name)
-    with track(name, config, layout, parent=parent, resume=resume) as tracker:
+    users = (config.prepare.task, config.pretrain.task, config.pretrain.objective, config.finetune.objective)
+    with track(name, config, layout, parent=parent, resume=resume) as tracker, blamed(*users):
         figures = stage(Context(config, layout, tracker, resume))
     if tracker.id:
         ledger.made(layout, name)
@@ -131,9 +135,9 @@ def fresh_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    """Writes flat metrics as JSON."""
+    """Writes flat metrics as JSON; null is one that is not finite."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    path.write_text(strict_json(metrics), encoding="utf-8")
 
 
 def write_predictions(path: Path, losses: Sequence[float], scores: Sequence[float]) -> None:
@@ -143,8 +147,8 @@ def write_predictions(path: Path, losses: Sequence[float], scores: Sequence[floa
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """What `write_metrics` wrote; empty where there is no file."""
+    """What `write_metrics` wrote, NaN for what was not finite; empty where there is no file."""
     if not path.is_file():
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return {key: math.nan if value is None else value for key, value in content.items()}

@@ -18,6 +18,7 @@ from pipeline.models.loading import choose_device, locate, self_supervised_task
 from pipeline.noise import derive
 from pipeline.registry import Spec
 from pipeline.tasks.base import WRITES_NONE, Start, Task, TaskModel
+from pipeline.tasks.users import checked_start
 from pipeline.trainer import Training
 from pipeline.user_code import Reference
 
@@ -54,9 +55,10 @@ def task(config: Config, stage: str) -> Task:
 
 def begin(config: Config, layout: Layout, stage: str, folder: Path | None) -> Start:
     """`Task.start` of the stage's task. Raises UserError as it does."""
-    chosen = task(config, stage)
-    with user_code.watched(Reference.parse(task_name(config, stage)), "where training starts"):
-        return chosen.start(config, layout, folder)
+    chosen, reference = task(config, stage), Reference.parse(task_name(config, stage))
+    with user_code.watched(reference, "where training starts"):
+        made = chosen.start(config, layout, folder)
+        return checked_start(reference, made, tested=stage == "finetune") if reference else made
 
 
 def space(options: TrainConfig, config: Config, model: TaskModel) -> spaces.Space:

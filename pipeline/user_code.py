@@ -20,7 +20,7 @@ from pipeline.errors import UserError, nearest
 
 # The marks of sums and options cannot be part of the path.
 _REFERENCE = re.compile(r"(?P<path>[^+*,:\s][^+*,:]*\.py):(?P<name>\w+)")
-_WITHIN = re.compile(r"(?:^|(?<=[+*]))" + _REFERENCE.pattern)
+_WITHIN = re.compile(r"(?P<before>(?:^|[+*])\s*)" + _REFERENCE.pattern)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def references(text: str) -> list[Reference]:
 def absolute(text: str) -> str:
     """``text`` with the paths of its references as seen from the working directory: runs lie elsewhere."""
     return _WITHIN.sub(
-        lambda found: f"{Path(found['path']).expanduser().resolve()}:{found['name']}",
+        lambda found: f"{found['before']}{Path(found['path']).expanduser().resolve()}:{found['name']}",
         text,
     )
 
@@ -95,6 +95,25 @@ def watched(reference: Reference | None, doing: str) -> Iterator[None]:
         if reference is None:
             raise
         raise UserError(f"{place(error, reference.path)} ({reference.name} {doing})") from error
+
+
+@contextmanager
+def blamed(*texts: str) -> Iterator[None]:
+    """While it is entered, what goes wrong in a file that ``texts`` name is told as its own, however deep.
+
+    Raises:
+        UserError: in place of an error that came through such a file: one line that says where.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        passed = {Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)}
+        for reference in (each for text in texts for each in references(text)):
+            if reference.path.resolve() in passed:
+                raise UserError(place(error, reference.path)) from error
+        raise
 
 
 def place(error: BaseException, path: Path) -> str:

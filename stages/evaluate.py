@@ -11,8 +11,10 @@ from pipeline.models.quantized import FORMATS
 from pipeline.reporting.report import table, verdict, write_report
 from pipeline.stage import Context, read_metrics, script, write_metrics, write_predictions
 from pipeline.tasks.base import Start
+from pipeline.tasks.users import checked_figures
 from pipeline.trainer import train
 from pipeline.tuned import with_tuned
+from pipeline.user_code import Reference
 
 
 def evaluate(context: Context) -> dict[str, float]:
@@ -49,7 +51,8 @@ def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
     rows = {"test": test.figures}
     write_metrics(layout.metrics, {**metrics, **_flat(rows)})  # whatever becomes of the yardsticks
     if config.evaluate.baselines:
-        rows |= task.yardsticks(begin)
+        reference, found = Reference.parse(config.prepare.task), task.yardsticks(begin)
+        rows |= checked_figures(reference, found) if reference else found
         if config.evaluate.adamw:
             why = _no_adamw(config, begin)
             if why:

@@ -18,9 +18,11 @@ from filelock import FileLock
 
 from pipeline import config
 from pipeline.cli import app, main
+from pipeline.config import Config
 from pipeline.data.prepare import load_corpus
 from pipeline.errors import UserError, guarded
 from pipeline.layout import Layout
+from pipeline.runs import execute
 from pipeline.stage import ORDER
 from tests.conftest import sentences
 
@@ -133,21 +135,25 @@ def test_a_run_on_a_users_file_from_start_to_replay(
     weights.write_bytes(original)
 
 
+def kill_within(folder: Path, command: list[str], home: Path) -> None:
+    """Starts the command and kills it when the training that writes into ``folder`` has made some steps."""
+    trajectory, until = folder / "trajectory.jsonl", time.monotonic() + 300
+    with started(*command, home=home) as process:
+        while not trajectory.is_file() or trajectory.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        process.kill()
+    assert trajectory.is_file()
+
+
 def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
     whole: tuple[Path, subprocess.CompletedProcess[str]], arguments: list[str], tmp_path: Path
 ) -> None:
     models = tmp_path / "runs" / "mine" / "models"
     command = [*arguments, "--name", "mine", "--no-baselines"]
     for stage in ("pretrained", "finetuned"):
-        with started(*command, home=tmp_path) as process:
-            trajectory = models / f".{stage}.partial" / "trajectory.jsonl"
-            until = time.monotonic() + 300
-            while not trajectory.is_file() or trajectory.read_bytes().count(b"\n") < 3:
-                assert process.poll() is None, "the run ended before it could be killed"
-                assert time.monotonic() < until
-                time.sleep(0.002)
-            process.kill()
-        assert trajectory.is_file()
+        kill_within(models / f".{stage}.partial", command, tmp_path)
         command = ["run", "--resume", "mine"]
     replayed = pipeline("replay", "mine", home=tmp_path).stdout.splitlines()
     assert [line.rpartition(": ")[2] for line in replayed] == [
@@ -166,15 +172,8 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
 def test_a_pretraining_by_gradients_begins_anew_and_is_told_at_replay(
     arguments: list[str], tmp_path: Path
 ) -> None:
-    trajectory = tmp_path / "runs" / "mine" / "models" / ".pretrained.partial" / "trajectory.jsonl"
     more = ["--name", "mine", "--no-baselines", "-S", "pretrain.optimizer=adamw"]
-    with started(*arguments, *more, home=tmp_path) as process:
-        until = time.monotonic() + 300
-        while not trajectory.is_file() or trajectory.read_bytes().count(b"\n") < 3:
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < until
-            time.sleep(0.002)
-        process.kill()
+    kill_within(tmp_path / "runs" / "mine" / "models" / ".pretrained.partial", [*arguments, *more], tmp_path)
     done = pipeline("run", "--resume", "mine", home=tmp_path)
     assert done.returncode == 0, done.stderr
     replayed = pipeline("replay", "mine", home=tmp_path).stdout.splitlines()
@@ -256,6 +255,45 @@ def test_stages_can_be_run_one_by_one(bert: Path, table: Path, tmp_path: Path) -
     assert pipeline(*common, *rest, "--from", "pretrain", "--to", "pretrain", home=tmp_path).returncode == 0
     stale = [run / "metrics.json", run / "report.md", run / "models" / "finetuned"]
     assert not [path for path in stale if path.exists()]
+
+
+def test_a_run_that_began_at_finetune_goes_on_there(bert: Path, table: Path, tmp_path: Path) -> None:
+    common = ["run", "--name", "mine", "--train", str(table), "--text", "review", "--label", "verdict"]
+    common += [*small(bert), "--no-baselines", "-S", "pretrain.enabled=false", "--forward-passes", "4000"]
+    assert pipeline(*common, "--to", "pretrain", home=tmp_path).returncode == 0
+    folder = tmp_path / "runs" / "mine" / "models" / ".finetuned.partial"
+    kill_within(folder, [*common, "--from", "finetune"], tmp_path)
+    made = [line for line in (folder / "trajectory.jsonl").read_text().splitlines() if "measured" in line]
+    done = pipeline("run", "--resume", "mine", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = (folder.parent / "finetuned" / "trajectory.jsonl").read_text().splitlines()
+    assert [line for line in whole if "measured" in line][: len(made)] == made  # with the seconds of then
+    again = pipeline("run", "--resume", "mine", home=tmp_path)
+    assert again.returncode == 2
+    assert "is finished: nothing is left to resume" in again.stderr
+
+
+def test_the_projects_own_stages_are_left_to_dvc(tmp_path: Path) -> None:
+    text = "# mine\nseed: 3\n"
+    (tmp_path / "params.yaml").write_text(text)
+    done = pipeline("run", "--resume", ".", home=tmp_path)
+    assert done.returncode == 2
+    assert "go on by `dvc repro`" in done.stderr
+    assert (tmp_path / "params.yaml").read_text() == text
+
+
+def test_ctrl_c_says_what_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*given: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.runs.run", stopped)
+    layout = Layout(tmp_path / "runs" / "mine" / "seed-0")
+    for stages, said in (
+        (("finetune", "evaluate"), "; to go on: pipeline run --resume mine/seed-0"),
+        (("prepare", "pretrain", "tune"), "; to go on: the same command"),
+    ):
+        with pytest.raises(KeyboardInterrupt, match=said):
+            execute(Config(), layout, stages)
 
 
 def test_without_a_task_every_output_that_dvc_expects_is_there(bert: Path, tmp_path: Path) -> None:

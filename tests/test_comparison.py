@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from scipy import stats
 from pipeline.comparison.jobs import planned
 from pipeline.comparison.page import page
 from pipeline.comparison.plan import Plan, parse_optimizers, parse_seeds
-from pipeline.comparison.run import plain
+from pipeline.comparison.results import Measured, Run, _scales, _timings
 from pipeline.comparison.statistics import paired, spread
 from pipeline.comparison.table import markdown
-from pipeline.config import Config
+from pipeline.config import Config, updated
 from pipeline.errors import UserError
+from pipeline.strict_json import strict_json
 
 LARGE = "cmaes:SepCMA,population_size=200"  # a generation of it is more than the budget
 
@@ -79,6 +81,32 @@ def test_a_run_waits_for_what_it_reads_and_no_more(tmp_path: Path) -> None:
     }
 
 
+def test_a_scale_of_the_configuration_is_for_its_own_method(tmp_path: Path) -> None:
+    config = updated(Config(), {"finetune.epsilon": 0.3, "finetune.learning_rate": 0.5}, "test")
+    plan = Plan(tmp_path, config, ("spsa,directions=4", "es", "spsa:OneSided", "adamw"), (0,))
+    used = {each: plan.run_config(each, 0, yardsticks=False).finetune for each in plan.optimizers}
+    assert (used["spsa,directions=4"].epsilon, used["spsa,directions=4"].learning_rate) == (0.3, 0.5)
+    assert all(used[each].epsilon is used[each].learning_rate is None for each in ("es", "spsa:OneSided"))
+    assert used["adamw"].learning_rate == config.evaluate.adamw_learning_rate
+    assert _scales(plan) == {"epsilon": 0.3, "learning_rate": 0.5}
+    assert _scales(replace(plan, optimizers=("es", "adamw"))) == {}
+
+
+def test_equal_time_is_that_of_the_fastest_from_its_first_step() -> None:
+    def made(*curve: tuple[float, float]) -> Run:
+        points = [
+            Measured(i, second, {"loss": loss, "accuracy": 0.5}) for i, (second, loss) in enumerate(curve)
+        ]
+        return Run({"peak_memory_mib": 1.0}, curve=points, seconds=curve[-1][0])
+
+    quick = [made((0, 9.0), (2, 5.0)), made((0, 9.0), (4, 6.0))]
+    slow = [made((0, 9.0), (3, 8.0), (4.5, 7.0)), made((0, 9.0), (9, 1.0))]
+    found = _timings({"quick": quick, "slow": slow})
+    assert found["equal_time_seconds"] == 4
+    assert found["rows"]["quick"]["validation_loss_at_equal_time"] == [5.0, 6.0]
+    assert found["rows"]["slow"]["validation_loss_at_equal_time"] == [8.0, 9.0]
+
+
 def test_where_every_study_was_refused_nothing_runs(tmp_path: Path) -> None:
     assert planned(Plan(tmp_path, Config(), ("spsa", "adamw"), (0,), tune=2)) == []
 
@@ -114,6 +142,7 @@ def test_what_diverges_is_said_and_breaks_nothing() -> None:
         "validation_accuracy_at_equal_time": [0.5, 0.5],
     }
     setup = dict.fromkeys(("model", "data", "space", "objective"), "x")
+    setup |= {"scales": {"epsilon": 0.5}, "optimizer": "wild"}
     setup |= dict.fromkeys(("forward_passes", "batch_size", "max_length", "tuning_trials"), 0)
     found = {
         "setup": {**setup, "seeds": [0, 1]},
@@ -124,8 +153,10 @@ def test_what_diverges_is_said_and_breaks_nothing() -> None:
         "timings": {"equal_time_seconds": 1.0, "rows": {"wild": timed}},
     }
     assert markdown(found).count("diverged") == 4
+    assert "`wild` has epsilon=0.5 of the configuration; each other method has its own" in markdown(found)
     assert page(found).count("<svg") == 4
-    json.dumps(plain(found), allow_nan=False)
+    read = json.loads(strict_json(found), parse_constant=pytest.fail)
+    assert read["results"][0]["test/loss"] == {"mean": None, "sd": None, "seeds": [None, 1.0]}
 
 
 def command(bert: Path, table: Path, home: Path, *more: str) -> tuple[list[str], dict[str, str]]:
@@ -152,14 +183,15 @@ def run(line: list[str], environment: dict[str, str]) -> subprocess.CompletedPro
     return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
 
 
-METHODS = ["--optimizers", f"{LARGE},spsa,nevergrad:DE", "--seeds", "2"]
+MANY = "spsa,directions=64"  # a step of it too, which is known before anything runs
+METHODS = ["--optimizers", f"{LARGE},spsa,nevergrad:DE,{MANY}", "--seeds", "2"]
 
 
 @pytest.fixture(scope="module")
 def whole(
     bert: Path, table: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Of three methods, one of which is refused, on two seeds, by two processes."""
+    """Of four methods, two of which are refused, on two seeds, by two processes."""
     home = tmp_path_factory.mktemp("whole")
     line, environment = command(bert, table, home, *METHODS, "--workers", "2")
     return home / "runs" / "compare", run(line, environment)
@@ -171,10 +203,11 @@ def test_a_whole_comparison(whole: tuple[Path, subprocess.CompletedProcess[str]]
     found = json.loads((folder / "comparison.json").read_text("utf-8"))
     rows = {row["name"]: row for row in found["results"]}
     yardsticks = ["majority", "zero-shot", "linear probe"]
-    assert list(rows) == [*yardsticks, LARGE, "spsa", "nevergrad:DE", "adamw"]  # the first is refused
+    assert list(rows) == [*yardsticks, LARGE, "spsa", "nevergrad:DE", MANY, "adamw"]
     assert found["reference"] == "spsa"
-    assert "fewer than one step" in rows[LARGE]["error"]
-    assert all(passes <= 96 for name in ("spsa", "nevergrad:DE") for passes in rows[name]["forward_passes"])
+    assert all("fewer than one step" in rows[name]["error"] for name in (LARGE, MANY))
+    assert rows["spsa"]["forward_passes"] == rows["nevergrad:DE"]["forward_passes"] == [96, 96]
+    assert all(0 < passes <= 96 for passes in rows["adamw"]["forward_passes"])
     assert len(rows["spsa"]["test/accuracy"]["seeds"]) == 2
     assert "test/accuracy_difference" not in rows["spsa"]
     difference = rows["nevergrad:DE"]["test/accuracy_difference"]
@@ -185,7 +218,7 @@ def test_a_whole_comparison(whole: tuple[Path, subprocess.CompletedProcess[str]]
     assert list((folder / "features").glob("*.safetensors")), "the methods share what they read"
     text = (folder / "comparison.md").read_text("utf-8")
     assert "not run: " in text
-    assert text.splitlines()[0] in done.stdout
+    assert text in done.stdout
 
 
 def test_the_page_stands_alone(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -238,6 +271,10 @@ def test_each_method_is_tuned_the_same_way(bert: Path, table: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["tuned"]) == {"spsa", "adamw"}
+    for suffix in ("md", "html"):
+        shown = (tmp_path / "runs" / "compare" / f"comparison.{suffix}").read_text("utf-8")
+        assert "Tuned to" in shown
+        assert f"spsa: finetune.epsilon={found['tuned']['spsa']['finetune.epsilon']}" in shown
     rows = {row["name"]: row for row in found["results"]}
     assert "none of 2 trials came to a value" in rows[LARGE]["error"]  # and ends nothing else
     assert len(rows["zero-shot"]["test/accuracy"]["seeds"]) == 1
@@ -256,6 +293,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs(bert: Path, table: Pa
         (["--optimizers", "spsa,epsilom=1"], "has no option 'epsilom'"),
         (["--optimizers", "spso"], "did you mean 'spsa'"),
         (["--workers", "0"], "--workers must be at least 1"),
+        (["--task", "none"], "there is no fine-tuning to compare"),
+        (["--optimizers", MANY, "-S", "dtype=int8", "-S", "finetune.space=full"], "moves every weight"),
         (["--tune", "2", "-S", "tune.search=[max_length=8..16]"], "is equal for all methods"),
     ):
         line, environment = command(bert, table, tmp_path, *options)

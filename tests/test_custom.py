@@ -71,6 +71,18 @@ def test_options_and_sums_reach_the_file(tmp_path: Path) -> None:
         parse(f"{path}:score,treshold=1")
 
 
+@pytest.mark.parametrize(
+    "text", ["./reward.py:score", "cross_entropy + 0.5 * ./reward.py:score", "0.5 *./reward.py:score+ error"]
+)
+def test_a_file_is_found_in_any_sum(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, LOSS)
+    monkeypatch.chdir(tmp_path)
+    whole = user_code.absolute(text)
+    assert whole == text.replace("./reward.py", str(path))
+    assert list(user_code.digests(whole)) == [str(path)]
+    parse(whole)
+
+
 def test_a_file_that_was_changed_is_read_again(tmp_path: Path) -> None:
     path = written(tmp_path, LOSS)
     before = user_code.digests(f"error+{path}:score")
@@ -222,6 +234,37 @@ def test_a_class_that_fails_is_one_line(text: str, said: str, tmp_path: Path) ->
             "data = 'own'\n    def rows(self, config):\n        return {}",
             "gives a dict; it must",
         ),
+        (
+            "def start(self, *given):\n        return None",
+            "gave a NoneType from start(); it must give a Start",
+        ),
+        (
+            "def start(self, *given):\n        made = super().start(*given)\n"
+            "        made.test = []\n        return made",
+            "gave a Start without batches to measure on: test",
+        ),
+        (
+            "def start(self, *given):\n        made = super().start(*given)\n"
+            "        made.model.outputs = lambda features: features.sum(-1)\n        return made",
+            "it must give logits [outputs, classes]",
+        ),
+        (
+            "def start(self, *given):\n        made = super().start(*given)\n"
+            "        made.model.outputs = lambda features: features[:, :1]\n        return made",
+            "targets lie between 0 and 1, and the model tells 1 classes apart: 0 to 0",
+        ),
+        (
+            "def start(self, *given):\n        made = super().start(*given)\n"
+            "        made.batch = lambda step: 1 / 0\n        return made",
+            "my_task.py, line 6: ZeroDivisionError",
+        ),
+        ("def load(self, folder):\n        1 / 0", "my_task.py, line 5: ZeroDivisionError"),
+        ("def yardsticks(self, start):\n        1 / 0", "my_task.py, line 5: ZeroDivisionError"),
+        ("def yardsticks(self, start):\n        return None", "gave a NoneType from yardsticks(); it must"),
+        (
+            "def yardsticks(self, start):\n        return {'a': {'accuracy': 'high'}}",
+            "gave accuracy, a str, from yardsticks(); it must",
+        ),
     ],
 )
 def test_a_task_that_fails_is_one_line(body: str, said: str, bert: Path, table: Path, tmp_path: Path) -> None:
@@ -230,7 +273,7 @@ def test_a_task_that_fails_is_one_line(body: str, said: str, bert: Path, table: 
     given = ["--train", str(table), "--text", "review", "--label", "verdict"] if "own" not in body else []
     done = pipeline(
         *("run", "--name", "mine", "--task", "./my_task.py:MyTask", *given, *small(bert)),
-        *("-S", "pretrain.enabled=false", "-S", "prepare.corpus=[]", "--no-baselines"),
+        *("-S", "pretrain.enabled=false", "-S", "prepare.corpus=[]", "-S", "evaluate.adamw=false"),
         home=tmp_path,
     )
     assert done.returncode == 2

@@ -382,6 +382,7 @@ def test_masks_follow_80_10_10_and_spare_special_tokens(bert: Path) -> None:
     assert total / eligible == pytest.approx(0.15, abs=0.01)
     again = data.batch(range(5), seed=3)
     assert torch.equal(again.inputs["input_ids"], data.batch(range(5), seed=3).inputs["input_ids"])
+    assert not torch.equal(again.inputs["input_ids"], data.batch(range(5), seed=4).inputs["input_ids"])
 
 
 def test_causal_targets_are_the_next_tokens(gpt2: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,20 +13,20 @@ import sacrebleu
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from pipeline import config
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
 from pipeline.measuring import scores
+from pipeline.measuring.text_evaluation import TextExaminer
 from pipeline.models.loading import load_language_model, load_tokenizer
 from pipeline.objective import TextObjective, parse
-from pipeline.optimizer import LowRank, Move, Problem, Seeded
-from pipeline.registry import Spec, create
-from pipeline.tasks.base import Asked, Batch
+from pipeline.optimizer import LowRank, Move, Seeded
+from pipeline.tasks.base import Asked, Batch, TaskModel
 from pipeline.tasks.decoding import Decoding, decode
 from pipeline.tasks.writing import Continued, Decoder, WritingData
 from tests.conftest import sentences
 from tests.test_cli import pipeline
 from tests.test_engine import classifier, searched
+from tests.test_prompted import completing_model
 
 REWARD = """\
 def score(prompt, completion):
@@ -245,6 +247,52 @@ def test_scores_are_those_of_their_libraries() -> None:
     assert scores.corpus_chrf(*both) == pytest.approx(sacrebleu.corpus_chrf(both[0], [both[1]]).score / 100)
 
 
+class Fixed(TaskModel):
+    """Writes the same texts whatever it is asked, and gives the logits that a batch holds."""
+
+    def __init__(self, *texts: str) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Linear(1, 1)
+        self._texts = list(texts)
+
+    def features(self, batch: Batch) -> torch.Tensor:
+        return batch.inputs["logits"]
+
+    def outputs(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+    def write(self, batch: Batch) -> list[str]:
+        return self._texts
+
+
+def test_figures_of_what_is_written_by_hand() -> None:
+    logits = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.1, 0.9]]).log()
+    references = (("a b", "c"), ("d",))
+    asked = Asked({}, ("p", "q"), references, (2, 1), 0)  # targets of two tokens and of one
+    batch = Batch({"logits": logits}, torch.tensor([0, 1, 0]), asked=asked)
+    length = parse("length,words=1")
+    assert isinstance(length, TextObjective)
+    examiner = TextExaminer(("exact_match", "chrf"), "token_f1", lambda: length)
+    found = examiner.test(Fixed("the c", "x y z"), [batch])
+    tokens = [-math.log(0.75), -math.log(0.5), -math.log(0.1)]
+    assert found.losses == pytest.approx([(tokens[0] + tokens[1]) / 2, tokens[2]])
+    assert found.scores == [1.0, 0.0]  # the reference that fits best counts, articles do not
+    assert found.figures == pytest.approx(
+        {
+            "loss": sum(tokens) / 3,  # over tokens, not over texts
+            "score": 0.0,
+            "score_sd": 0.0,
+            "exact_match": 0.5,
+            "chrf": sacrebleu.corpus_chrf(["the c", "x y z"], [["a b", "d"]]).score / 100,
+            "words": 2.5,
+        }
+    )
+    bare = replace(batch, asked=replace(asked, references=None))
+    found = examiner.test(Fixed("c", "x y"), [bare])
+    assert found.figures == {"loss": -0.5, "score": 0.5, "score_sd": 0.5, "words": 1.5}
+    assert found.losses == [-1.0, 0.0]
+
+
 def test_rewards_by_hand() -> None:
     assert scores.regex("", "it costs 12 euros", pattern=r"\d{2}") == 1.0
     assert scores.regex("", "it costs nothing", pattern=r"\d{2}") == 0.0
@@ -293,6 +341,21 @@ def test_a_classifiers_score(bert: Path, tmp_path: Path) -> None:
     assert isinstance(wrong, TextObjective)
     with pytest.raises(UserError, match="has no label 'upp'; its labels are down, up"):
         wrong.scores(Asked({}, ("",), None, (0,), 0), ["a"])
+
+
+def test_a_score_by_a_classifier_in_its_template(gpt2: Path, tmp_path: Path) -> None:
+    (model, _), tokenizer = completing_model(gpt2, [" bad", " good"]), load_tokenizer(str(gpt2))
+    model.save(tmp_path, tokenizer)
+    objective = parse(f"classifier,model={tmp_path},label=up")
+    assert isinstance(objective, TextObjective)
+    found = objective.scores(Asked({}, ("", ""), None, (0, 0), 0), ["a good film", "the plot"])
+    for text, score in zip(("a good film", "the plot"), found, strict=True):
+        batch = Batch(dict(tokenizer(f"the film : {text} it was", return_tensors="pt")), torch.empty(0))
+        with torch.inference_mode():
+            assert score == pytest.approx(float(model(batch).softmax(-1)[0, 1]), abs=1e-5)
+    (tmp_path / "prompted.json").unlink()
+    with pytest.raises(UserError, match="holds no classifier: it takes a run's models/finetuned"):
+        parse(f"classifier,model={tmp_path},label=up")
 
 
 def test_a_model_that_writes_none_and_an_optimizer_that_needs_a_gradient_are_one_line(
@@ -411,6 +474,15 @@ def test_what_goes_wrong_in_a_reward_names_the_text(body: str, said: str, tmp_pa
         objective.loss(Asked({}, ("the film",), None, (0,), 0), ["was good"])
 
 
+@pytest.mark.parametrize("value", ["np.float32(0.5)", "np.int64(1)", "np.bool_(True)", "torch.tensor([0.5])"])
+def test_a_reward_may_be_any_number(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "reward.py"
+    path.write_text(f"import numpy as np, torch\ndef score(prompt, completion):\n    return {value}\n")
+    objective = parse(f"{path}:score")
+    assert isinstance(objective, TextObjective)
+    assert objective.loss(Asked({}, ("the film",), None, (0,), 0), ["was good"]) in (-0.5, -1.0)
+
+
 def test_a_function_that_takes_something_else_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "reward.py"
     path.write_text("def score(completion):\n    return 1\n")
@@ -423,14 +495,13 @@ def test_the_list_of_tasks_is_whole(tmp_path: Path) -> None:
     assert {"classification", "mlm", "clm", "generation", "translation", "summarization", "qa"} <= {
         row["task"] for row in rows
     }
-    known = parse
     for row in rows:
         assert all(
             row[key] for key in ("does", "reads", "data", "models", "objectives", "metrics", "example")
         )
         for name in row["objectives"]:
             if name not in ("kl", "classifier", "regex") and not name.startswith("."):
-                known(name)
+                parse(name)
     shown = pipeline("tasks", home=tmp_path)
     assert "generation: Completions of prompts, by a reward" in shown.stdout
 
@@ -444,16 +515,6 @@ def test_a_copy_is_not_needed(gpt2: Path) -> None:
     engine.losses(prompts(gpt2), [Seeded(1, 0.5), Seeded(2, -0.5)])
     engine.close()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-def test_the_examples_are_configurations() -> None:
-    files = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
-    assert {"generation", "summarization", "translation", "qa"} <= {file.stem for file in files}
-    for file in files:
-        chosen = config.read(file)
-        assert file.stem in chosen.prepare.task or file.stem not in ("generation", "translation")
-        parse(chosen.finetune.objective)
-        create(Spec.parse(chosen.finetune.optimizer), Problem(8, "lora", 1000, 0))
 
 
 def test_a_comparison_of_texts_is_refused(gpt2: Path, tmp_path: Path) -> None:

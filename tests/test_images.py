@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from pipeline import user_code
-from pipeline.config import Config
+from pipeline.config import Config, PrepareConfig
 from pipeline.data.prepare import load_task
 from pipeline.engine.evaluator import Engine
 from pipeline.layout import Layout
@@ -113,7 +113,10 @@ def test_candidates_score_as_their_weights_do_when_written(space: str, whole: Pa
 def test_the_split_is_one_whatever_the_seed(whole: Path) -> None:
     first, other = (DIGITS().start(Config(seed=seed), Layout(whole), None) for seed in (0, 1))
     assert measure(first.model, first.test) != measure(other.model, other.test)  # heads of their own
-    assert all(torch.equal(a.targets, b.targets) for a, b in zip(first.test, other.test, strict=True))
+    sizes = PrepareConfig(validation_size=40, test_size=50)
+    one, two = (DIGITS().rows(Config(seed=seed, prepare=sizes)) for seed in (0, 1))
+    assert {split: len(one[split]) for split in one} == {"train": 1707, "validation": 40, "test": 50}
+    assert all(one[split].to_dict() == two[split].to_dict() for split in one)
 
 
 @pytest.mark.parametrize(

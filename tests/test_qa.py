@@ -18,7 +18,7 @@ from pipeline.measuring import scores
 from pipeline.models.loading import load_encoder, load_tokenizer
 from pipeline.objective import parse
 from pipeline.optimizer import LowRank, Seeded
-from pipeline.tasks.base import Batch
+from pipeline.tasks.base import Asked, Batch
 from pipeline.tasks.spans import LONGEST, SpanReader
 from pipeline.tasks.windows import WITHIN, SpanData, parts
 from tests.conftest import ADJECTIVES, OTHERS, sentences
@@ -83,11 +83,24 @@ def test_squads_form_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "answers",
-    ["plot", ["plot"], {"text": ["plot"], "answer_start": [35]}, [{"text": "plot", "answer_start": 3}]],
+    [
+        "plot",
+        ["plot"],
+        {"text": ["plot"], "answer_start": [35]},
+        {"text": "plot", "answer_start": 35},
+        {"text": "plot", "answer_start": "n/a"},
+        [{"text": "plot", "answer_start": 3}],
+    ],
 )
-def test_columns_are_read(answers: object, tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text(json.dumps({"question": "what", "context": CONTEXT, "answers": answers}) + "\n")
+@pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "saved"])
+def test_columns_are_read(answers: object, name: str, tmp_path: Path) -> None:
+    path, row = tmp_path / name, {"question": "what", "context": CONTEXT, "answers": answers}
+    if path.suffix == ".jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    elif path.suffix:
+        Dataset.from_list([row]).to_parquet(path)
+    else:
+        Dataset.from_list([row]).save_to_disk(path)
     rows = questions.read(str(path), question=None, answers=None)
     assert Question.of(rows.texts[0], (rows.labels or [""])[0]).starts == (35,)
 
@@ -403,9 +416,6 @@ def test_a_decoder_answers_in_its_own_words(gpt2: Path, squad: Path, tmp_path: P
 
 
 def test_several_answers_are_all_right() -> None:
-    from pipeline.tasks.base import Asked
-
     objective = parse("exact_match")
     asked = Asked({}, ("",), (("a plot", "film"),), (2,), 0)
     assert objective.loss(asked, ["the film"]) == -1.0  # type: ignore[union-attr]
-    assert isinstance(Batch({}, torch.zeros(0), asked=asked).asked, Asked)

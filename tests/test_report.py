@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.layout import Layout
 from pipeline.reporting.report import table, verdict, write_report
+from pipeline.stage import read_metrics, write_metrics
 
 METRICS = {
     "majority/accuracy": 0.504,
@@ -65,6 +68,15 @@ def test_a_table_of_little_holds_little() -> None:
     assert only.splitlines()[0].split() == ["test", "accuracy", "seconds"]
     assert only.splitlines()[1].split() == ["this", "run", "50.0%", "0.0"]
     assert "0" not in table({"majority/accuracy": 0.55}).replace("55.0%", "")
+
+
+def test_a_diverged_run_leaves_json_that_any_reader_takes_and_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    write_metrics(path, {**METRICS, "test/loss": math.inf, "adamw/loss": math.nan})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["test/loss"] is None
+    read = read_metrics(path)
+    assert math.isnan(read["test/loss"])
+    assert table(read).splitlines()[4].split()[6] == "nan"
 
 
 def test_the_verdict_compares_and_says_whether_intervals_overlap() -> None:

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from pipeline import processes
-from pipeline.config import Config, TuneConfig
+from pipeline.config import Config, TuneConfig, build
 from pipeline.layout import Layout
 from pipeline.tracking import Tracker, ledger, spool, track
 from pipeline.tracking import tracker as tracker_module
@@ -96,6 +96,38 @@ def test_evaluate_notes_every_parameter_and_repro_has_a_name(home: Path) -> None
     assert [params[name] for name in names] == ["0.01", "0.002", ""]
 
 
+def test_a_comparison_is_one_row_over_its_runs(home: Path) -> None:
+    whole, chosen = Layout(home / "runs" / "compare"), Config()
+    with track("compare", chosen, whole) as tracker:
+        layout = Layout(whole.root / "spsa" / "seed-0")
+        with track("finetune", chosen, layout, parent=tracker.id):
+            pass
+    with track("compare", chosen, whole, resume=True) as again:
+        assert again.id == tracker.id
+    assert set(rows(home, "select name, status from runs")) == {
+        ("compare/compare", "FINISHED"),
+        ("compare/spsa/seed-0/finetune", "FINISHED"),
+    }
+    [(identity,)] = rows(home, "select run_uuid from runs where name = 'compare/compare'")
+    assert rows(home, "select value from tags where key = 'mlflow.parentRunId'") == [(identity,)]
+    of_it = f"where run_uuid = '{identity}'"
+    params = dict(rows(home, f"select key, value from params {of_it}"))
+    assert set(params) == set(Config().flat()) - {"finetune.optimizer"}  # it has several
+    tags = dict(rows(home, f"select key, value from tags {of_it}"))
+    assert (tags["leaderboard"], tags["mlflow.source.name"]) == ("true", "pipeline compare")
+    assert not {"optimizer", "space"} & set(tags)
+
+
+def test_a_chain_is_noted_with_all_its_methods_and_its_whole_budget(home: Path) -> None:
+    chain = {"finetune": {"optimizer": "adamw", "forward_passes": 30}}
+    chain["finetune"]["then"] = [{"optimizer": "spsa", "forward_passes": 70}]  # type: ignore[assignment]
+    with track("evaluate", build(chain, "test"), Layout(home / "runs" / "one")):
+        pass
+    params = dict(rows(home, "select key, value from params"))
+    assert params["finetune.optimizer"] == "adamw, then spsa"
+    assert params["finetune.forward_passes"] == "100"
+
+
 def test_prepare_notes_the_data_it_made(home: Path) -> None:
     layout = Layout(home / "runs" / "one")
     with track("prepare", Config(), layout):
@@ -165,7 +197,7 @@ def test_a_run_that_goes_on_is_the_run_it_was(home: Path) -> None:
 
 SCRIPT = """
 import os, pathlib, signal, sys
-from pipeline.config import Config, TuneConfig
+from pipeline.config import Config, TuneConfig, build
 from pipeline.layout import Layout
 from pipeline.tracking import track
 with track("finetune", Config(), Layout(pathlib.Path(sys.argv[1]))) as tracker:

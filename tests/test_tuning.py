@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline import config as configuration
 from pipeline import runs, tuned
@@ -34,6 +35,7 @@ from pipeline.tuning.search import Parameter, assignments, first_guess, parse, s
 from pipeline.tuning.study import Study
 from pipeline.tuning.trials import open_study, work, work_in_processes
 from stages.tune import tune as stage
+from tests.test_cli import pipeline, small
 
 TINY = {
     "prepare.text": "review",
@@ -100,8 +102,9 @@ def test_a_range_is_read(text: str, expected: Parameter) -> None:
         (["learning_rat=1..2"], "did you mean 'learning_rate'"),
         (["sigma=1..2"], "'spsa' takes no sigma"),
         (["optimizer.direction=1..2"], "did you mean 'directions'"),
-        (["learning_rate=1..2*epsilon"], "tied? 'epsilon'|ties 'learning_rate' to 'epsilon'"),
+        (["learning_rate=1..2*epsilon"], "ties 'learning_rate' to 'epsilon'"),
         (["epsilon=1..2", "epsilon=1..3"], "names 'epsilon' twice"),
+        (["space.rank=2..16"], "'head' has no option 'rank'; it takes none"),
         (["epsilon=1..2*epsilon"], "ties 'epsilon' to 'epsilon', which is not searched by itself"),
     ],
 )
@@ -312,7 +315,18 @@ def test_a_value_that_is_not_finite_is_the_worst(tmp_path: Path) -> None:
             study.tell(taken, value)
     assert study.best
     assert study.best.value == 2.0
-    assert importance(study) == {}
+
+
+def test_the_importance_is_of_what_came_to_a_value(tmp_path: Path) -> None:
+    both = [Parameter("epsilon", 1e-3, 1), Parameter("learning_rate", 1e-3, 1)]
+    study = Study(tmp_path, both, name="s", direction="minimize", seed=0)
+    for number in range(9):
+        with study.take(9) as taken:
+            assert taken
+            study.tell(taken, float("nan") if number % 3 == 0 else taken.params["epsilon"])
+    found = importance(study)
+    assert sum(found.values()) == pytest.approx(1.0)
+    assert found["epsilon"] > 0.9
 
 
 def test_only_a_dead_process_s_trial_is_taken_over(tmp_path: Path) -> None:
@@ -447,6 +461,35 @@ def test_a_study_lives_in_postgresql(base: Layout, config: Config, database: str
         open_study(with_(chosen, tune__storage=database + "nowhere"), base, folder)
 
 
+def test_tuning_takes_data_and_what_it_found_comes_with_its_experiment(
+    bert: Path, table: Path, tmp_path: Path
+) -> None:
+    given = [
+        *("--train", str(table), "--text", "review", "--label", "verdict", "--by", "mcc", "--trials", "2")
+    ]
+    given += [*small(bert), "-S", "pretrain.enabled=false", "-S", "finetune.then=[]", "--name", "study"]
+    chain = "finetune: {then: [{objective: error}], descriptions: {other: words}}\n"
+    (tmp_path / "hybrid.yaml").write_text(chain)
+    refused = pipeline("tune", "--config", "hybrid.yaml", "--forward-passes", "9", home=tmp_path)
+    assert refused.returncode == 2
+    assert "tune searches one phase" in refused.stderr
+    done = pipeline("tune", "--config", "hybrid.yaml", *given, "--seed", "5", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("Use what was found: pipeline run --tuned study")
+    planned = pipeline("run", "--tuned", "study", "--dry-run", home=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    found = configuration.build(yaml.safe_load(planned.stdout), "plan")
+    study = configuration.read(tmp_path / "runs" / "study" / "params.yaml")
+    values = tuned.read(tmp_path / "runs" / "study" / "tuned.json")["values"]
+    assert found == configuration.updated(study, {**values, "tune.enabled": False}, "test")
+    assert (found.prepare.train, found.prepare.label, found.seed) == (str(table), "verdict", 5)
+
+
+def _measured(trajectory: Path) -> list[str]:
+    """The lines of its measurements, which have the seconds they were made after."""
+    return [line for line in trajectory.read_text("utf-8").splitlines() if '"measured"' in line]
+
+
 def test_a_killed_study_loses_no_trial_and_runs_none_twice(bert: Path, table: Path, tmp_path: Path) -> None:
     values = {
         **TINY,
@@ -479,6 +522,14 @@ def test_a_killed_study_loses_no_trial_and_runs_none_twice(bert: Path, table: Pa
             assert time.monotonic() < patience
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)  # its workers end by themselves
+    before = table.read_bytes()
+    table.write_bytes(before + before.splitlines(keepends=True)[-1])
+    changed = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    table.write_bytes(before)
+    assert changed.returncode == 2
+    assert f"{table} was changed since" in changed.stderr
+    began = {path: _measured(path) for path in trials.glob("*/trials/*/models/*/trajectory.jsonl")}
+    assert len(began) >= 2
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trials"] == 4
@@ -489,4 +540,5 @@ def test_a_killed_study_loses_no_trial_and_runs_none_twice(bert: Path, table: Pa
     for number in range(4):
         folder = study._folder_of(number) / "models" / "finetuned"
         assert json.loads((folder / "metrics.json").read_text("utf-8"))["forward_passes"] == 1600
-        assert (folder / FILE).read_text("utf-8").count('"run_seed"') == 1  # one header
+        [partial] = [lines for path, lines in began.items() if f"trial-{number:03}" in str(path)] or [[]]
+        assert _measured(folder / FILE)[: len(partial)] == partial  # with the seconds of then

@@ -18,31 +18,35 @@ def configure(
 ) -> Config:
     """Parameters of a run: the file's, those found by tuning, then the user's data, then flags, then ``-S``.
 
-    ``--train`` replaces the data as a whole: the default's words for labels and its corpora are not its own.
+    Without a file they are those of the study that ``tuned`` names, else the project's. ``--train`` replaces
+    the data as a whole: the default's words for labels and its corpora are not its own.
     """
     from pipeline import config as configuration
     from pipeline.layout import project_root
 
     default = project_root() / "params.yaml"
+    if tuned is not None:
+        from pipeline.runs import find
+
+        default = find(tuned).params
     if file is None and not default.is_file():
         chosen = configuration.Config()
     else:
         chosen = configuration.read(file or default)
+    applied: dict[str, Any] = {}
     if tuned is not None:
-        from pipeline.runs import find
         from pipeline.tuned import as_tuned
 
         chosen = as_tuned(chosen, find(tuned).tuned)
-    applied: dict[str, Any] = {}
+        applied["tune.enabled"] = False
     if files.get("train") is not None:
-        applied = {f"prepare.{key}": None for key in ("validation", "test", "text", "label")}
+        applied |= {f"prepare.{key}": None for key in ("validation", "test", "text", "label")}
         applied |= {"prepare.corpus": ["task"], "finetune.descriptions": None, "finetune.verbalizers": None}
     for key, value in files.items():
         if value is not None:
             applied[f"prepare.{key}"] = value if key in ("text", "label") else absolute(value)
     applied |= {key: value for key, value in flags.items() if value is not None}
-    chosen = configuration.updated(chosen, applied, source="pipeline run")
-    chosen = configuration.override(chosen, assignments)
+    chosen = configuration.override(chosen, assignments, applied)
     if tuned is not None:
         from pipeline.tuned import check
 
@@ -57,9 +61,12 @@ def _absolute_code(config: Config) -> Config:
 
     named = ("prepare.task", "pretrain.task", "pretrain.objective", "finetune.objective")
     known = config.flat()
-    return configuration.updated(
-        config, {key: user_code.absolute(known[key]) for key in named}, "pipeline run"
-    )
+    values: dict[str, Any] = {key: user_code.absolute(known[key]) for key in named}
+    values["finetune.then"] = [
+        {**each, **({"objective": user_code.absolute(each["objective"])} if "objective" in each else {})}
+        for each in config.finetune.then
+    ]
+    return configuration.updated(config, values, "the command line")
 
 
 def absolute(source: str) -> str:

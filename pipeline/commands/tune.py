@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.commands.configuring import absolute, configure
-from pipeline.commands.options import ConfigFile, Model, Seed, Set
+from pipeline.commands.options import (
+    ConfigFile,
+    HeldOut,
+    Label,
+    Model,
+    Objective,
+    Seed,
+    Set,
+    Task,
+    Text,
+    Train,
+)
 from pipeline.commands.output import shown
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 
 def tune(
@@ -38,6 +54,13 @@ def tune(
         str | None, typer.Option(metavar="URL", help="Optuna's database; else a journal file.")
     ] = None,
     model: Model = None,
+    task: Task = None,
+    objective: Objective = None,
+    train: Train = None,
+    validation: HeldOut = None,
+    test: HeldOut = None,
+    text: Text = None,
+    label: Label = None,
     config: ConfigFile = None,
     set_: Set = None,
     forward_passes: Annotated[int | None, typer.Option(metavar="N", help="Budget of each trial.")] = None,
@@ -51,6 +74,7 @@ def tune(
     pipeline tune --optimizer spsa --trials 30 --workers 2
     pipeline tune --search "epsilon=1e-4..1" --search "learning_rate=0.01..10*epsilon"
     pipeline tune --search "optimizer.directions=4..64" --search "batch_size=16|32|64" --by accuracy
+    pipeline tune --train my.csv --text review --label verdict --by mcc
     pipeline run --tuned tune-spsa       # with what was found
 
     The same command again goes on with a study that was cut off, and with more --trials adds to it.
@@ -61,9 +85,11 @@ def tune(
 
     chosen = configure(
         config,
-        {},
+        {"train": train, "validation": validation, "test": test, "text": text, "label": label},
         {
             "finetune.optimizer": optimizer,
+            "finetune.objective": objective,
+            "prepare.task": task,
             "model": None if model is None else absolute(model),
             "finetune.forward_passes": forward_passes,
             "seed": seed,
@@ -81,6 +107,7 @@ def tune(
     runs.preflight(chosen, runs.stages_between(None, "tune"))
     layout = Layout(runs.folder(name or f"tune-{runs.slug(chosen.finetune.optimizer)}", chosen, make=True))
     begun = layout.params.is_file()
+    _same_files(layout.root, chosen)
     first = runs.first_unfinished(layout, chosen) or "tune"
     stages = runs.stages_between(first if first in ("prepare", "pretrain") else "tune", "tune")
     # what is told on the way is no JSON
@@ -91,3 +118,18 @@ def tune(
         return
     report = layout.tuning / digest(chosen, layout) / "report.md"
     typer.echo(f"\n{shown(report)}. Use what was found: pipeline run --tuned {layout.root.name}")
+
+
+def _same_files(root: Path, config: Config) -> None:
+    """Notes the files of data in the study's folder, or holds them against those that it began with.
+
+    Raises:
+        UserError: one of them was changed.
+    """
+    from pipeline.data.prepare import check_unchanged, digests
+
+    path, now = root / "files.json", digests(config)
+    if path.is_file():
+        check_unchanged(json.loads(path.read_text(encoding="utf-8")), now, root)
+    else:
+        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")

@@ -20,17 +20,12 @@ from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.processes import as_done, context, end_with_parent, threads_of_each
 from pipeline.registry import Spec
+from pipeline.reporting.report import YARDSTICKS
 from pipeline.stage import read_metrics
 from pipeline.tracking.lending import borrow, lending
 from pipeline.tuning.features import compute_part
 
 LOG, ERROR = "log.txt", "error.txt"
-YARDSTICKS = {
-    "majority": "majority",
-    "zero_shot": "zero-shot",
-    "in_context": "in-context",
-    "linear_probe": "linear probe",
-}
 Say = Callable[[str], None]
 _for_life = contextlib.ExitStack()  # what lasts as long as the process: what nobody holds ends at once
 
@@ -120,7 +115,7 @@ def _starts(plan: Plan) -> dict[int, Job]:
 
 def _run_of(plan: Plan, optimizer: str, seed: int, after: Job | None, *, yardsticks: bool = False) -> Job:
     config, layout = plan.run_config(optimizer, seed, yardsticks=yardsticks), plan.run(optimizer, seed)
-    stages = ("tune", "finetune", "evaluate")
+    stages = ("finetune", "evaluate")
     label = f"{optimizer}, seed {seed}"
     return Job(label, config, layout, stages, plan.base(seed), after, encodes=yardsticks)
 

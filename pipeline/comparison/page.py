@@ -18,7 +18,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
   max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .5rem } h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem }
-p { max-width: 46rem; color: var(--soft) } .wide { overflow-x: auto }
+p, ul { max-width: 46rem; color: var(--soft) } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 100% }
 th, td { padding: .4rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal }
@@ -40,6 +40,9 @@ def page(found: dict[str, Any]) -> str:
             f"<p>{table.TIMED}</p>",
         ]
         parts += [_plots(found, "seconds"), _table(table.cost(found))]
+    if found["tuned"]:
+        lines = "\n".join(f"<li>{escape(line)}</li>" for line in table.tuned_to(found))
+        parts += ["<h2>Tuned to</h2>", f"<ul>\n{lines}\n</ul>"]
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

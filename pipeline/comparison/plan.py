@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline import config as configuration
 from pipeline import user_code
-from pipeline.config import YARDSTICK, Config, TuneConfig
-from pipeline.data.prepare import digests
+from pipeline.config import SCALES, YARDSTICK, Config, TuneConfig
+from pipeline.data.prepare import check_unchanged, digests
 from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.registry import Spec
@@ -76,7 +76,15 @@ class Plan:
         config = self.base_config(seed)
         if Spec.parse(optimizer).backend == YARDSTICK:
             return configuration.with_yardstick(config, optimizer)
-        return configuration.updated(config, {"finetune.optimizer": optimizer}, source="compare")
+        values: dict[str, Any] = {"finetune.optimizer": optimizer}
+        if not self.is_configured(optimizer):
+            values |= {f"finetune.{key}": None for key in SCALES}
+        return configuration.updated(config, values, source="compare")
+
+    def is_configured(self, optimizer: str) -> bool:
+        """Whether it is the configuration's method: the scales and the rate there are meant for that one."""
+        ours, theirs = Spec.parse(self.config.finetune.optimizer), Spec.parse(optimizer)
+        return (ours.backend, ours.name) == (theirs.backend, theirs.name)
 
     def keep(self) -> None:
         """Writes the plan into its folder, or holds it against the one that is there.
@@ -93,10 +101,7 @@ class Plan:
                 if known == value:
                     continue
                 if key in FILES:
-                    name = next(name for name in {**known, **value} if known.get(name) != value.get(name))
-                    raise UserError(
-                        f"{name} was changed since {self.root} began; put it back, or use another --name"
-                    )
+                    check_unchanged(known, value, self.root)
                 raise UserError(f"{self.root} compares with {key}={known}, now {value}; use another --name")
             return
         self.root.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ def _axis(
     if by == "forward_passes":
         return [point["forward_passes"] for point in points]
     seconds: list[float] = found["timings"]["rows"][name]["curve_seconds"][seed]
-    return [second - seconds[0] for second in seconds]
+    return seconds
 
 
 def _frame(axes: Axes, lines: Sequence[Any]) -> None:

@@ -6,6 +6,7 @@ What a machine's speed decides, seconds and memory, is kept apart: the rest is t
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.comparison.jobs import YARDSTICKS, failure, has_yardsticks
+from pipeline import tuned
+from pipeline.comparison.jobs import failure, has_yardsticks
 from pipeline.comparison.plan import Plan
 from pipeline.comparison.statistics import paired, spread
+from pipeline.config import SCALES
 from pipeline.errors import UserError
 from pipeline.layout import Layout
+from pipeline.reporting.report import YARDSTICKS
 from pipeline.stage import read_metrics
 from pipeline.trajectory import FILE
 
@@ -35,12 +39,13 @@ class Measured:
 
 @dataclass
 class Run:
-    """What one run came to; ``error`` where it came to nothing."""
+    """What one run came to; ``error`` where it came to nothing. ``seconds`` are from the first step on."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     losses: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     hits: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     curve: list[Measured] = field(default_factory=list)
+    seconds: float = 0.0
     error: str = ""
 
 
@@ -75,11 +80,14 @@ def _run(plan: Plan, optimizer: str, seed: int) -> Run:
         )
     with layout.predictions.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    curve = _curve(layout)
+    began = curve[0].seconds  # when the start was measured
     return Run(
         metrics,
         np.array([float(row["loss"]) for row in rows]),
         np.array([float(row["hit"]) for row in rows]),
-        _curve(layout),
+        [dataclasses.replace(each, seconds=each.seconds - began) for each in curve],
+        metrics["seconds"] - began,
     )
 
 
@@ -149,16 +157,26 @@ def _setup(plan: Plan) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "max_length": options.max_length,
         "objective": options.objective,
+        "optimizer": options.optimizer,
         "seeds": list(plan.seeds),
         "tuning_trials": plan.tune,
+        "scales": _scales(plan),
     }
+
+
+def _scales(plan: Plan) -> dict[str, Any]:
+    """The scales and the rate that the configuration sets for its own method, if that is compared."""
+    options = plan.config.finetune
+    if not any(map(plan.is_configured, plan.optimizers)):
+        return {}
+    return {key: value for key in SCALES if (value := getattr(options, key)) is not None}
 
 
 def _tuned(plan: Plan) -> dict[str, Any]:
     if not plan.tune:
         return {}
     return {
-        each: read_metrics(plan.study(each).tuned).get("values", {})
+        each: tuned.read(plan.study(each).tuned).get(tuned.VALUES, {})
         for each in plan.optimizers
         if plan.study(each).tuned.is_file()
     }
@@ -168,7 +186,7 @@ def _timings(good: dict[str, list[Run]]) -> dict[str, Any]:
     """Seconds, memory, and what each had reached in the time that the fastest took for its budget."""
     if not good:
         return {}
-    seconds = {name: [run.metrics["seconds"] for run in made] for name, made in good.items()}
+    seconds = {name: [run.seconds for run in made] for name, made in good.items()}
     limit = min(max(each) for each in seconds.values())
     rows = {}
     for name, made in good.items():

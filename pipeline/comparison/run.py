@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -15,6 +13,7 @@ from pipeline.comparison.results import collect
 from pipeline.comparison.table import markdown
 from pipeline.errors import UserError
 from pipeline.layout import Layout
+from pipeline.strict_json import strict_json
 
 NAME = "comparison"
 
@@ -40,7 +39,7 @@ def compare(plan: Plan, workers: int, say: Say) -> dict[str, Any]:
             contents = {
                 "html": page(found),
                 "md": markdown(found),
-                "json": json.dumps(plain(found), indent=2, allow_nan=False) + "\n",
+                "json": strict_json(found),
             }
             for suffix, text in contents.items():
                 path = plan.root / f"{NAME}.{suffix}"
@@ -54,12 +53,3 @@ def compare(plan: Plan, workers: int, say: Say) -> dict[str, Any]:
         reasons = "; ".join(f"{row['name']}: {row['error']}" for row in found["results"] if "error" in row)
         raise UserError(f"no optimizer came to a result: {reasons}")
     return found
-
-
-def plain(value: Any) -> Any:
-    """For JSON, which knows neither NaN nor infinity: null in their place."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -25,7 +25,7 @@ COST_HEAD = (
     f"validation {METRIC} at {{seconds}} s",
 )
 DIVERGED = "diverged"  # a mean over seeds that is no number
-TIMED = "On this machine, one thread a run; these figures change from run to run."
+TIMED = "On this machine, one thread a run, from the first step on; these figures change from run to run."
 
 
 def results(found: dict[str, Any]) -> list[list[str]]:
@@ -43,16 +43,31 @@ def cost(found: dict[str, Any]) -> list[list[str]]:
     return [head, *(_cost(name, row) for name, row in timings["rows"].items())]
 
 
+def tuned_to(found: dict[str, Any]) -> list[str]:
+    """A line for each method that was tuned."""
+    return [
+        f"{name}: {', '.join(f'{key}={value}' for key, value in values.items())}"
+        for name, values in found["tuned"].items()
+    ]
+
+
 def notes(found: dict[str, Any]) -> list[str]:
     """What a reader must know to believe the tables."""
     setup = found["setup"]
     seeds = ", ".join(map(str, setup["seeds"]))
-    tuned = (
-        f"Each method's scale and rate were tuned by {setup['tuning_trials']} trials on the validation split "
-        "of another seed."
-        if setup["tuning_trials"]
-        else "Each method has its own published defaults; none was tuned for this."
-    )
+    scales = ", ".join(f"{key}={value:g}" for key, value in setup["scales"].items())
+    if setup["tuning_trials"]:
+        tuned = (
+            f"Each method's scale and rate were tuned by {setup['tuning_trials']} trials on the validation "
+            "split of another seed."
+        )
+    elif scales:
+        tuned = (
+            f"`{setup['optimizer']}` has {scales} of the configuration; each other method has its own "
+            "published defaults."
+        )
+    else:
+        tuned = "Each method has its own published defaults; none was tuned for this."
     return [
         f"{setup['model']}, {setup['data']}, space `{setup['space']}` (AdamW: the whole model), batches of "
         f"{setup['batch_size']} × {setup['max_length']} tokens, objective {setup['objective']}. Every method "
@@ -70,11 +85,7 @@ def markdown(found: dict[str, Any]) -> str:
     if timed := cost(found):
         parts += ["## Cost, and equal time", TIMED, _table(timed)]
     if found["tuned"]:
-        lines = [
-            f"- {name}: {', '.join(f'{key}={value}' for key, value in values.items())}"
-            for name, values in found["tuned"].items()
-        ]
-        parts += ["## Tuned to", "\n".join(lines)]
+        parts += ["## Tuned to", "\n".join(f"- {line}" for line in tuned_to(found))]
     return "\n\n".join(parts) + "\n"
 
 

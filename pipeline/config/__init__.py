@@ -3,6 +3,7 @@
 from pipeline.config.reading import MAPPINGS, build, override, read, updated, write
 from pipeline.config.schema import (
     PHASE,
+    SCALES,
     SECTIONS,
     YARDSTICK,
     Config,
@@ -18,6 +19,7 @@ from pipeline.config.schema import (
 __all__ = [
     "MAPPINGS",
     "PHASE",
+    "SCALES",
     "SECTIONS",
     "YARDSTICK",
     "Config",

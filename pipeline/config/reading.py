@@ -56,15 +56,17 @@ def write(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def override(config: Config, assignments: list[str]) -> Config:
-    """``config`` with each ``section.key=value`` applied; values are read as YAML.
+def override(config: Config, assignments: list[str], flags: dict[str, Any] | None = None) -> Config:
+    """``config`` with ``flags`` (as `updated` takes them), then each ``section.key=value`` applied.
+
+    Values are read as YAML. What does not fit together is looked for when all are applied.
 
     Raises:
         UserError: an assignment without ``=``, an unknown key (the nearest is named), or a wrong type.
     """
     import yaml
 
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(flags or {})
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
@@ -73,7 +75,7 @@ def override(config: Config, assignments: list[str]) -> Config:
             values[path.strip()] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):  # a ValueError is a date that is none
             raise UserError(f"'-S {assignment}': the value is not readable YAML") from None
-    return updated(config, values, source="-S")
+    return updated(config, values, source="the command line")
 
 
 def updated(config: Config, values: dict[str, Any], source: str) -> Config:

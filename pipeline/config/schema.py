@@ -152,7 +152,8 @@ PHASE = (
     "evaluate_every",
     "patience",
 )
-_UNSCALED = {"epsilon": None, "sigma": None, "learning_rate": None}
+SCALES = ("epsilon", "sigma", "learning_rate")  # of an optimizer, each in its own unit
+_UNSCALED = dict.fromkeys(SCALES)
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,13 @@ def digests(config: Config) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+def check_unchanged(before: dict[str, str], now: dict[str, str], root: Path) -> None:
+    """Raises UserError where a file has another digest than when what lies in ``root`` was begun."""
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise UserError(f"{name} was changed since {root} began; put it back, or use another --name")
+
+
 def _sources(config: Config) -> list[str]:
     wanted = config.prepare
     files = [wanted.train, wanted.validation, wanted.test] if wanted.task != "none" else []

@@ -81,14 +81,15 @@ def _squad(path: Path) -> list[tuple[str, str, Any]] | None:
 
 def _table(source: str, question: str, answers: str | None) -> list[tuple[str, str, Any]]:
     table = load(source)
-    column = answers or ("answers" if "answers" in table.columns else "answer")
+    known = {**table.columns, **table.nested}
+    column = answers or ("answers" if "answers" in known else "answer")
     for name in (question, "context", column):
-        if name not in table.columns:
+        if name not in known:
             raise UserError(
                 f"{source} has no column '{name}'; qa reads question, context and answers (--text and --label"
-                f" name the first and the last); it has {', '.join(table.columns)}"
+                f" name the first and the last); it has {', '.join(known)}"
             )
-    columns = (table.columns[name] for name in (question, "context", column))
+    columns = (known[name] for name in (question, "context", column))
     return list(zip(*columns, strict=True))
 
 
@@ -104,17 +105,24 @@ def _question(question: Any, context: Any, answers: Any) -> Question | None:
 def _spans(answers: Any, context: str) -> list[tuple[str, int]]:
     """Answers and where they begin: as stated, else where they are first found, -1 where nowhere."""
     if isinstance(answers, dict):
-        texts, starts = answers.get("text") or [], answers.get("answer_start") or []
+        texts, starts = _several(answers.get("text")), _several(answers.get("answer_start"))
         answers = [
             {"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=False)
         ] or texts
     spans = []
-    for each in answers if isinstance(answers, list | tuple) else [answers]:
+    for each in _several(answers):
         span = each if isinstance(each, dict) else {"text": each}
         text, start = span.get("text"), span.get("answer_start")
         text = "" if text is None else str(text)
-        start = -1 if start is None else int(start)
+        start = int(start) if isinstance(start, int | float) and start % 1 == 0 else -1
         if start < 0 or not context.startswith(text, start):
             start = context.find(text) if text else -1
         spans.append((text, start))
     return spans
+
+
+def _several(value: Any) -> list[Any]:
+    """A list of one where it is one, of none where there is none."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

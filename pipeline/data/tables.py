@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length. ``places[i]`` says where row i stands (``line 7``), for error messages."""
+    """Columns of equal length. ``places[i]`` says where row i stands (``line 7``), for error messages.
+
+    ``nested`` are columns of lists or records, where the format tells them from plain ones.
+    """
 
     source: str
     columns: dict[str, list[Any]]
     places: list[str]
+    nested: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def read_file(path: Path) -> Table:
@@ -176,7 +180,7 @@ def _read_parquet(path: Path) -> Table:
 
 
 def from_dataset(data: Dataset, source: str) -> Table:
-    """The plain columns of a `datasets.Dataset`; the integers of a ``ClassLabel`` become names.
+    """The columns of a `datasets.Dataset` that hold text and numbers; a ``ClassLabel`` becomes its name.
 
     Raises:
         UserError: it has no rows.
@@ -186,12 +190,24 @@ def from_dataset(data: Dataset, source: str) -> Table:
     if not len(data):
         raise UserError(f"{source} has no rows")
     columns: dict[str, list[Any]] = {}
+    nested: dict[str, list[Any]] = {}
     for name, feature in data.features.items():
         if isinstance(feature, ClassLabel):
             columns[name] = [None if i is None or i < 0 else feature.int2str(i) for i in data[name]]
         elif isinstance(feature, Value):
             columns[name] = list(data[name])
-    return Table(source, columns, [f"row {i}" for i in range(1, len(data) + 1)])
+        elif _is_plain(feature):
+            nested[name] = list(data[name])
+    return Table(source, columns, [f"row {i}" for i in range(1, len(data) + 1)], nested)
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether it is text and numbers, however deep in lists and records: no picture, no sound."""
+    from datasets import LargeList, List, Value
+
+    if isinstance(feature, dict):
+        return all(map(_is_plain, feature.values()))
+    return _is_plain(feature.feature) if isinstance(feature, List | LargeList) else isinstance(feature, Value)
 
 
 READERS: dict[str, Callable[[Path], Table]] = {

@@ -66,7 +66,9 @@ class Source(Protocol):
 
 
 class ManyPoints:
-    """The `Point` of several candidates; ``examples`` and ``tokens`` are those of the batch before repeating.
+    """The `Point` of several candidates, a lane each of a batch that is repeated for them.
+
+    ``sizes`` are the leading dimensions of its inputs before that; ``ids`` is the shape of the repeated ids.
 
     Raises:
         CannotBatch: from a forward pass, when a module's inputs cannot be told apart by lane.

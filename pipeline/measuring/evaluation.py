@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine import shared
+from pipeline.errors import UserError
 from pipeline.measuring.predictions import Predictions
 from pipeline.tasks.base import Batch, Start, TaskModel, Tested
 
@@ -56,7 +57,12 @@ def measured(start: Start, kept: Sequence[Tensor] | None = None) -> dict[str, fl
     ``kept`` as in `predictions`.
     """
     if start.examiner:
-        return start.examiner.measure(start.model, start.validation)
+        figures = start.examiner.measure(start.model, start.validation)
+        if "loss" not in figures:
+            raise UserError(
+                f"{type(start.examiner).__name__} measures no 'loss', by which training is followed"
+            )
+        return figures
     return predictions(start.model, start.validation, kept).figures()
 
 

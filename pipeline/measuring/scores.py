@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.objective.teacher import Load, found_folder
-from pipeline.tasks.base import Asked, Batch
+from pipeline.tasks.base import Asked, Batch, TaskModel
 from pipeline.tasks.batching import pad
 
-if TYPE_CHECKING:
-    from pipeline.tasks.classification import TextClassifier
+_IdsOf = Callable[[list[str]], list[list[int]]]
 
 
 def chrf(prompt: str, completion: str, target: str) -> float:
@@ -78,36 +76,54 @@ class Classifier:
 
     def __init__(self, load: Load, *, model: str = "", label: str = "") -> None:
         """Raises UserError where there is no such folder; the classifier is loaded when it is needed."""
+        from pipeline.tasks.classification import HEAD_CONFIG
+        from pipeline.tasks.prompted import PROMPTED_FILE
+
         self._folder = found_folder(model, "classifier,model=runs/NAME/models/finetuned,label=LABEL")
         self._label = label
-        self._loaded: tuple[TextClassifier, Any] | None = None
+        self._read: tuple[TaskModel, _IdsOf, int, int] | None = None
+        if not any((self._folder / name).is_file() for name in (HEAD_CONFIG, PROMPTED_FILE)):
+            raise UserError(f"{self._folder} holds no classifier: it takes a run's models/finetuned")
 
     def scores(self, asked: Asked, completions: Sequence[str]) -> list[float]:
         """Of each completion, read without its prompt."""
         import torch
 
-        model, tokenizer = self._model()
-        tokens = tokenizer(list(completions), truncation=True, max_length=_longest(tokenizer))["input_ids"]
-        tokens = [row or [tokenizer.pad_token_id] for row in tokens]
-        batch = Batch(pad(tokens, tokenizer.pad_token_id), torch.empty(0))
+        if self._read is None:
+            self._read = self._load()
+        model, tokens_of, pad_id, label = self._read
+        tokens = [row or [pad_id] for row in tokens_of(list(completions))]
         with torch.inference_mode():
-            probabilities = model(batch).float().softmax(-1)
-        found: list[float] = probabilities[:, model.labels.index(self._label)].tolist()
+            probabilities = model(Batch(pad(tokens, pad_id), torch.empty(0))).float().softmax(-1)
+        found: list[float] = probabilities[:, label].tolist()
         return found
 
-    def _model(self) -> tuple[TextClassifier, Any]:
+    def _load(self) -> tuple[TaskModel, _IdsOf, int, int]:
+        """The classifier, what makes ids of texts for it, the id of padding, and the label's number."""
         from pipeline.models.loading import load_tokenizer
         from pipeline.tasks.classification import TextClassifier
+        from pipeline.tasks.phrased import load as load_completing
+        from pipeline.tasks.prompted import PROMPTED_FILE
+        from pipeline.tasks.template import Template
 
-        if self._loaded is None:
-            model = TextClassifier.load(Path(self._folder))
-            if self._label not in model.labels:
-                raise UserError(
-                    f"the classifier in {self._folder} has no label '{self._label}'; "
-                    f"its labels are {', '.join(model.labels)}"
-                )
-            self._loaded = model, load_tokenizer(str(self._folder))
-        return self._loaded
+        tokenizer: Any = load_tokenizer(str(self._folder))
+        longest = min(int(tokenizer.model_max_length), 512)
+        model: TaskModel
+        tokens_of: _IdsOf
+        if (self._folder / PROMPTED_FILE).is_file():
+            model = completing = load_completing(self._folder)
+            labels, how = completing.prompting.labels, completing.prompting
+            template = Template(how.template, tokenizer, masked=how.kind == "mlm")
+            tokens_of = partial(template.tokens, max_length=longest, spare=completing.spare)
+        else:
+            model = headed = TextClassifier.load(self._folder)
+            labels, tokens_of = headed.labels, partial(_ids, tokenizer, longest)
+        if self._label not in labels:
+            raise UserError(
+                f"the classifier in {self._folder} has no label '{self._label}'; "
+                f"its labels are {', '.join(labels)}"
+            )
+        return model, tokens_of, tokenizer.pad_token_id, labels.index(self._label)
 
 
 def normalised(text: str) -> str:
@@ -130,8 +146,9 @@ def corpus_chrf(completions: Sequence[str], targets: Sequence[str]) -> float:
     return float(sacrebleu.corpus_chrf(list(completions), [list(targets)]).score) / 100
 
 
-def _longest(tokenizer: Any) -> int:
-    return min(int(tokenizer.model_max_length), 512)
+def _ids(tokenizer: Any, longest: int, texts: list[str]) -> list[list[int]]:
+    found: list[list[int]] = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+    return found
 
 
 @cache

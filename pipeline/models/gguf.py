@@ -14,7 +14,6 @@ from pipeline.errors import UserError
 from pipeline.models.loading import loading
 from pipeline.models.unpacked import made_once
 
-SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 _DAMAGED = (struct.error, IndexError, OverflowError, UnicodeDecodeError, TypeError)
 

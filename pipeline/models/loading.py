@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.data.packages import PREFIX, model_path, package
 from pipeline.errors import UserError, unknown
+from pipeline.layout import Layout
 from pipeline.models import prompt, quantized
 
 if TYPE_CHECKING:
@@ -78,6 +79,17 @@ def locate(reference: str) -> str:
     if adapter.is_adapter(path):
         return str(adapter.plain(path))
     return str(path) if path.is_dir() else reference
+
+
+def pretrained_in(layout: Layout) -> str:
+    """Where the pretrain stage left its model.
+
+    Raises:
+        UserError: it has not run.
+    """
+    if not (layout.pretrained / "config.json").is_file():
+        raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
+    return str(layout.pretrained)
 
 
 def check(reference: str) -> None:

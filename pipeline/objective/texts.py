@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from pipeline import user_code
@@ -106,12 +108,13 @@ class Each:
                 f"the objective {self._name} gave a tensor of shape {tuple(value.shape)} {where}; "
                 "it must give one number"
             )
-        if not isinstance(value, int | float):
+        if not isinstance(value, Real | np.bool_):
             kind = type(value).__name__
             raise UserError(f"the objective {self._name} gave a {kind} {where}; it must give one number")
-        if not math.isfinite(value):
-            raise UserError(f"the objective {self._name} gave {value} {where}; it must give a finite number")
-        return float(value)
+        number = float(value)
+        if not math.isfinite(number):
+            raise UserError(f"the objective {self._name} gave {number} {where}; it must give a finite number")
+        return number
 
 
 def _shown(text: str) -> str:

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 HEAD = ("", "test accuracy", "95% interval", "test loss", "forward passes", "seconds")
 SHOWN = ("loss", "accuracy", "score", "bleu", "rouge_l", "chrf", "exact_match", "token_f1")  # in curves
 FURTHER = {"f1": "macro F1", "mcc": "MCC", "calibration_error": "calibration error"}  # beneath the headline
+YARDSTICKS = {
+    "majority": "majority",
+    "zero_shot": "zero-shot",
+    "in_context": "in-context",
+    "linear_probe": "linear probe",
+}
+"""What a result stands beside without training by steps, by what its figures begin with."""
 RESULT, REFERENCE, AXIS = "#1f5fa8", "#8a8f98", "#4a4e55"
 
 
@@ -65,14 +72,7 @@ def rows(metrics: dict[str, Any], result: str = "this run") -> list[Row]:
 
 def _names(result: str) -> dict[str, str]:
     """What the rows' figures begin with, and the names they are shown by."""
-    return {
-        "majority": "majority",
-        "zero_shot": "zero-shot",
-        "in_context": "in-context",
-        "linear_probe": "linear probe",
-        "test": result,
-        "adamw": "AdamW (gradients)",
-    }
+    return {**YARDSTICKS, "test": result, "adamw": "AdamW (gradients)"}
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -242,7 +242,7 @@ def _again(layout: Layout) -> str:
         commands = ["pipeline replay .    # the same weights, bit for bit, from the trajectory"]
         commands.append("dvc repro --force    # the whole run again")
     else:
-        name = layout.root.name
+        name = layout.name
         commands = [f"pipeline replay {name}    # the same weights, bit for bit, from the trajectory"]
         commands.append(f"pipeline run --config runs/{name}/{layout.params.name}    # the whole run again")
     return "\n".join(["## Again", "", "```", *commands, "```"])

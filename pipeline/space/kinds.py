@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.errors import UserError, nearest, unknown
+from pipeline.errors import Unsuitable, UserError, nearest, unknown
 from pipeline.models import quantized
 from pipeline.models.prompt import NAME, embedding_scale
 from pipeline.registry import Spec
@@ -60,9 +60,9 @@ def _option(space: str, key: str, value: Any, wanted: type) -> int | float:
 
 
 def check_held(spec: Spec, coded: bool) -> None:
-    """Raises UserError for a space that moves every weight, where those of linear layers are quantized."""
+    """Raises Unsuitable for a space that moves every weight, where those of linear layers are quantized."""
     if coded and spec.backend in _EVERY_WEIGHT:
-        raise UserError(
+        raise Unsuitable(
             f"the space '{spec.backend}' moves every weight, and int8 and int4 hold them as they are: "
             "choose the space lora, biases, prompt or head, or set dtype=float32"
         )

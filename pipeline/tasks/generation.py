@@ -12,7 +12,13 @@ from pipeline.data.prepare import PAIRS, PROMPTS, load_task
 from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.measuring.text_evaluation import TextExaminer
-from pipeline.models.loading import choose_device, load_language_model, load_tokenizer, writes_as
+from pipeline.models.loading import (
+    choose_device,
+    load_language_model,
+    load_tokenizer,
+    pretrained_in,
+    writes_as,
+)
 from pipeline.noise import derive
 from pipeline.objective import TextObjective
 from pipeline.tasks.about import About
@@ -27,7 +33,8 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedTokenizerBase
 
-_HELD_OUT = 9  # what drawing starts from in held-out batches, beside the run's seed
+_HELD_OUT = 9  # the seed of what is drawn in held-out batches, the same for all runs
+_DRAWN = 9  # that of batches to train on comes from the run's and this
 
 
 class Writing:
@@ -45,9 +52,7 @@ class Writing:
         Raises:
             UserError: an earlier stage has not run, or parameters that do not fit.
         """
-        if not (layout.pretrained / "config.json").is_file():
-            raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
-        options, location = config.finetune, str(layout.pretrained)
+        options, location = config.finetune, pretrained_in(layout)
         check(options)
         template = options.template or TEXT
         rows, tokenizer = self._rows(layout), load_tokenizer(location)
@@ -68,7 +73,7 @@ class Writing:
 
         def batch(step: int) -> Batch:
             rows = shuffled(len(train), options.batch_size, config.seed, step)
-            return train.batch(rows, derive(config.seed, 9, step))
+            return train.batch(rows, derive(config.seed, _DRAWN, step))
 
         whole = {split: data[split].by_length(options.batch_size, _HELD_OUT) for split in data}
         return Start(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from pipeline.measuring.predictions import Predictions
-from pipeline.models.prompt import tokens_in
+from pipeline.models.prompt import CACHE_NAMES, tokens_in
 from pipeline.tasks.base import Batch, Start
 from pipeline.tasks.prompted import CompletingClassifier
 
@@ -57,7 +57,7 @@ def in_context(start: Start) -> dict[str, float] | None:
 def _cache_name(encoder: nn.Module) -> str | None:
     """What the encoder calls the keys and values it is given: the name changed in transformers 5."""
     taken = inspect.signature(type(encoder).forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in taken), None)
+    return next((name for name in CACHE_NAMES if name in taken), None)
 
 
 def _opening(start: Start) -> int:

@@ -16,6 +16,7 @@ from pipeline.models.loading import (
     load_language_model,
     load_tokenizer,
     locate,
+    pretrained_in,
 )
 from pipeline.noise import derive
 from pipeline.tasks.about import About
@@ -59,9 +60,7 @@ class Classification:
         Raises:
             UserError: an earlier stage has not run, or parameters that do not fit the labels or the model.
         """
-        if not (layout.pretrained / "config.json").is_file():
-            raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
-        options, location = config.finetune, str(layout.pretrained)
+        options, location = config.finetune, pretrained_in(layout)
         check(options)
         rows, tokenizer = load_task(layout), load_tokenizer(location)
         check_length("finetune", options, tokenizer, location)

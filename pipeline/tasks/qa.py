@@ -9,7 +9,7 @@ from pipeline.config import Config
 from pipeline.data.prepare import QUESTIONS, load_task
 from pipeline.errors import UserError
 from pipeline.layout import Layout
-from pipeline.models.loading import choose_device, load_encoder, load_tokenizer, writes_as
+from pipeline.models.loading import choose_device, load_encoder, load_tokenizer, pretrained_in, writes_as
 from pipeline.tasks.about import About
 from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.tasks.batching import shuffled
@@ -42,11 +42,9 @@ class QuestionAnswering(Writing):
         Raises:
             UserError: an earlier stage has not run, or parameters that do not fit.
         """
-        if not (layout.pretrained / "config.json").is_file():
-            raise UserError(f"no pretrained model at {layout.pretrained}; run the pretrain stage first")
-        if writes_as(str(layout.pretrained)):
+        options, location = config.finetune, pretrained_in(layout)
+        if writes_as(location):
             return super().start(config, layout, folder)
-        options, location = config.finetune, str(layout.pretrained)
         rows, tokenizer = load_task(layout), load_tokenizer(location)
         check_length("finetune", options, tokenizer, location)
         encoder = load_encoder(location, config.dtype)

@@ -24,12 +24,13 @@ class SpanReader(TaskModel):
     """An encoder's states under a linear layer: for each token, whether an answer begins or ends there.
 
     The layer starts from zero: no token is likelier than another. Outputs are two an example, the beginning
-    and the end, each over the tokens.
+    and the end, each over the tokens. An answer has at most ``longest`` tokens.
     """
 
-    def __init__(self, encoder: nn.Module, hidden: int) -> None:
+    def __init__(self, encoder: nn.Module, hidden: int, longest: int = LONGEST) -> None:
         super().__init__()
         self.encoder = encoder
+        self._longest = longest
         self.span = nn.Linear(hidden, 2)
         nn.init.zeros_(self.span.weight)
         nn.init.zeros_(self.span.bias)
@@ -51,14 +52,14 @@ class SpanReader(TaskModel):
         return logits.transpose(1, 2).flatten(0, 1)
 
     def write(self, batch: Batch) -> list[str]:
-        """The likeliest span of each example, of at most `LONGEST` tokens and within one window."""
+        """The likeliest span of each example, within one window."""
         assert batch.asked
         count, windows = len(batch.asked.prompts), windows_in(batch)
         # an example's probabilities are over all its windows: their spans compare
         logits = self(batch).log_softmax(-1).view(count, 2, windows, -1)
         begins, ends = logits.transpose(1, 2).flatten(0, 1).unbind(1)
         joint = begins[:, :, None] + ends[:, None, :]
-        allowed = torch.ones_like(joint[0], dtype=torch.bool).triu().tril(LONGEST - 1)
+        allowed = torch.ones_like(joint[0], dtype=torch.bool).triu().tril(self._longest - 1)
         spans = joint.masked_fill(~allowed, float("-inf")).flatten(1)
         best = spans.amax(-1).view(count, windows).argmax(-1)
         rows = torch.arange(count, device=best.device) * windows + best
@@ -78,7 +79,7 @@ class SpanReader(TaskModel):
         save_file(
             {name: each.contiguous() for name, each in self.span.state_dict().items()}, folder / HEAD_FILE
         )
-        (folder / HEAD_CONFIG).write_text(json.dumps({"longest": LONGEST}) + "\n", encoding="utf-8")
+        (folder / HEAD_CONFIG).write_text(json.dumps({"longest": self._longest}) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> SpanReader:
@@ -88,6 +89,7 @@ class SpanReader(TaskModel):
         from pipeline.models.loading import load_encoder
 
         encoder = load_encoder(str(folder), "auto")
-        model = cls(encoder, encoder.config.hidden_size)
+        how = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
+        model = cls(encoder, encoder.config.hidden_size, how["longest"])
         model.span.load_state_dict(load_file(folder / HEAD_FILE))
         return model.eval()

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import SECTIONS, Config
+from pipeline.config import SCALES, SECTIONS, Config
 from pipeline.layout import DVC_EXPERIMENT, Layout, project_root
 from pipeline.tracking import ledger, spool
 from pipeline.tracking.process import Scribe, the_scribe
@@ -168,7 +168,7 @@ def _as_used(section: str, config: Config) -> dict[str, Any]:
         own = defaults_of(Spec.parse(options.optimizer), Spec.parse(options.space).backend)
     except UserError:  # whoever runs it says so
         own = {}
-    scales = {name: getattr(options, name) for name in ("epsilon", "sigma", "learning_rate")}
+    scales = {name: getattr(options, name) for name in SCALES}
     return {f"{section}.{name}": own.get(name, "") if set_ is None else set_ for name, set_ in scales.items()}
 
 
@@ -180,7 +180,7 @@ def _tags(stage: str, config: Config, commit: str) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": metadata.version("torch"),
         "transformers": metadata.version("transformers"),
-        "mlflow.source.name": f"stages/{stage}.py",
+        "mlflow.source.name": "pipeline compare" if stage == "compare" else f"stages/{stage}.py",
         "mlflow.source.type": "LOCAL",
         **({"dvc.experiment": experiment} if (experiment := os.environ.get(DVC_EXPERIMENT)) else {}),
         "mlflow.user": _user(),

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Config, FinetuneConfig
+from pipeline.config import SCALES, Config, FinetuneConfig
 from pipeline.errors import UserError, nearest
 from pipeline.registry import Spec, defaults_of, options_of
 
-SCALES = ("epsilon", "sigma")
 REACH = 30.0  # how far from its default a scale or a rate is searched, as a factor
 UNKNOWN = {"epsilon": 1e-2, "sigma": 1e-1, "learning_rate": 1e-3}  # where a backend says no default
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -129,7 +128,7 @@ def assignments(values: Mapping[str, Any], config: Config) -> dict[str, Any]:
 def _of_optimizer(config: Config) -> list[Parameter]:
     spec = Spec.parse(config.finetune.optimizer)
     now = _present(config)
-    names = [key for key in (*SCALES, "learning_rate") if key in now and key not in spec.options]
+    names = [key for key in SCALES if key in now and key not in spec.options]
     if not names:
         raise UserError(
             f"'{spec}' has no epsilon, sigma or learning_rate left to tune: say what to search with "
@@ -146,8 +145,8 @@ def _present(config: Config) -> dict[str, Any]:
     options, kind = config.finetune, space.parse(config.finetune.space)
     method = defaults_of(Spec.parse(options.optimizer), kind.backend)
     given = {key: value for key, value in dataclasses.asdict(options).items() if key not in _SPECS}
-    scales = {key: method[key] for key in (*SCALES, "learning_rate") if key in method}
-    given = {key: value for key, value in given.items() if key not in (*SCALES, "learning_rate")} | {
+    scales = {key: method[key] for key in SCALES if key in method}
+    given = {key: value for key, value in given.items() if key not in SCALES} | {
         key: value if getattr(options, key) is None else getattr(options, key)
         for key, value in scales.items()
     }
@@ -159,20 +158,26 @@ def _present(config: Config) -> dict[str, Any]:
 
 
 def _check(name: str, config: Config) -> None:
+    from pipeline import space
     from pipeline.entry_points import load
 
     kind, dot, option = name.partition(".")
     if dot and kind in _SPECS:
-        known = options_of(load("optimizer", Spec.parse(config.finetune.optimizer).backend))
-        if kind == "optimizer" and known and option not in known:
-            hint = nearest(option, known) or f"; it takes {', '.join(known)}"
-            raise UserError(f"tune.search: '{config.finetune.optimizer}' has no option '{option}'{hint}")
+        chosen = Spec.parse(getattr(config.finetune, kind))
+        known = (
+            space.parse(str(chosen)).options
+            if kind == "space"
+            else options_of(load("optimizer", chosen.backend))
+        )
+        if option not in known and (known or kind == "space"):
+            hint = nearest(option, known) or f"; it takes {', '.join(known) or 'none'}"
+            raise UserError(f"tune.search: '{chosen}' has no option '{option}'{hint}")
         return
     fields = [each.name for each in dataclasses.fields(FinetuneConfig)]
     if name not in fields:
         hint = nearest(name, fields) or "; it takes a parameter of finetune, optimizer.OPTION or space.OPTION"
         raise UserError(f"tune.search: unknown parameter '{name}'{hint}")
-    if name in (*SCALES, "learning_rate") and name not in _present(config):
+    if name in SCALES and name not in _present(config):
         raise UserError(f"tune.search: '{config.finetune.optimizer}' takes no {name}")
 
 

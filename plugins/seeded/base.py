@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline.errors import UserError, unknown
+from pipeline.errors import Unsuitable, UserError, unknown
 from pipeline.noise import DISTRIBUTIONS, LAWS
 from pipeline.optimizer import Evaluator, LowRank, Move, Problem, Seeded, Stalled, StepReport
 
@@ -89,7 +89,7 @@ class SeededOptimizer(ABC):
         self._schedule = SCHEDULES[schedule]
         self._run_seed = problem.run_seed
         if self.passes_a_step > problem.forward_passes:
-            raise UserError(
+            raise Unsuitable(
                 f"{problem.forward_passes:,} forward passes are fewer than one step of {type(self).__name__} "
                 f"takes ({self.passes_a_step:,}); raise forward_passes, or lower directions"
             )
