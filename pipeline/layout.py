@@ -50,6 +50,11 @@ class Layout:
         return self.root / "tuned.json"
 
     @property
+    def files(self) -> Path:
+        """The digests of the files of data that a study began with."""
+        return self.root / "files.json"
+
+    @property
     def tuning(self) -> Path:
         """Studies and their trials, which outlive the stage: one that is cut off goes on."""
         return self.root / "tuning"

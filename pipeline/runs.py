@@ -176,6 +176,7 @@ def execute(
             lock.name,
             layout.params.name,
             layout.ledger.name,
+            layout.files.name,
             "data",
         }:
             shutil.rmtree(layout.root)  # nothing came of it

@@ -103,12 +103,12 @@ def test_the_report_shows_the_phases(kind: str, whole: dict[str, Path]) -> None:
 
 
 def test_a_metric_without_a_gradient_takes_over(whole: dict[str, Path]) -> None:
-    """After AdamW the losses are shares of errors: means over a step's two points of 16 texts each."""
+    """After AdamW the losses are shares of errors: means over a step's 16 points of 16 texts each."""
     root = whole["gradient, then none"] / "models" / "finetuned"
     losses = [json.loads(line).get("loss") for line in (root / FILE).read_text().splitlines()]
     shares = [loss for loss in losses if loss is not None]
     assert shares
-    assert all(share * 32 == pytest.approx(round(share * 32), abs=1e-3) for share in shares)
+    assert all(share * 256 == pytest.approx(round(share * 256), abs=1e-3) for share in shares)
 
 
 @KINDS

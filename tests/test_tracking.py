@@ -96,6 +96,21 @@ def test_evaluate_notes_every_parameter_and_repro_has_a_name(home: Path) -> None
     assert [params[name] for name in names] == ["0.01", "0.002", ""]
 
 
+def test_a_run_that_goes_on_in_another_store_is_whole_there(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(home / "runs" / "one")
+    with track("finetune", Config(seed=7), layout):
+        pass
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    (tmp_path / "mlruns").mkdir()
+    with track("finetune", Config(seed=7), layout, resume=True):
+        pass
+    for store in (home, tmp_path):
+        assert rows(store, "select name, status from runs") == [("one/finetune", "FINISHED")]
+        assert rows(store, "select value from params where key = 'seed'") == [("7",)]
+
+
 def test_a_comparison_is_one_row_over_its_runs(home: Path) -> None:
     whole, chosen = Layout(home / "runs" / "compare"), Config()
     with track("compare", chosen, whole) as tracker:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +27,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.layout import Layout
 
 
 def tune(
@@ -107,7 +107,7 @@ def tune(
     runs.preflight(chosen, runs.stages_between(None, "tune"))
     layout = Layout(runs.folder(name or f"tune-{runs.slug(chosen.finetune.optimizer)}", chosen, make=True))
     begun = layout.params.is_file()
-    _same_files(layout.root, chosen)
+    _same_files(layout, chosen)
     first = runs.first_unfinished(layout, chosen) or "tune"
     stages = runs.stages_between(first if first in ("prepare", "pretrain") else "tune", "tune")
     # what is told on the way is no JSON
@@ -120,7 +120,7 @@ def tune(
     typer.echo(f"\n{shown(report)}. Use what was found: pipeline run --tuned {layout.root.name}")
 
 
-def _same_files(root: Path, config: Config) -> None:
+def _same_files(layout: Layout, config: Config) -> None:
     """Notes the files of data in the study's folder, or holds them against those that it began with.
 
     Raises:
@@ -128,8 +128,9 @@ def _same_files(root: Path, config: Config) -> None:
     """
     from pipeline.data.prepare import check_unchanged, digests
 
-    path, now = root / "files.json", digests(config)
+    path, now = layout.files, digests(config)
     if path.is_file():
-        check_unchanged(json.loads(path.read_text(encoding="utf-8")), now, root)
+        check_unchanged(json.loads(path.read_text(encoding="utf-8")), now, layout.root)
     else:
+        layout.root.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.comparison.jobs import Say, run_all
 from pipeline.comparison.page import page
-from pipeline.comparison.plan import Plan
+from pipeline.comparison.plan import FILE, Plan
 from pipeline.comparison.results import collect
 from pipeline.comparison.table import markdown
 from pipeline.errors import UserError
@@ -27,7 +27,7 @@ def compare(plan: Plan, workers: int, say: Say) -> dict[str, Any]:
     """
     from pipeline.tracking import track
 
-    resume = (plan.root / "plan.json").is_file()
+    resume = (plan.root / FILE).is_file()
     plan.keep()
     try:
         with (

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.comparison.results import METRIC
+from pipeline.reporting.markdown import table as as_markdown
 
 HEAD = (
     "",
@@ -81,17 +82,12 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 def markdown(found: dict[str, Any]) -> str:
     """Both tables and the notes."""
-    parts = ["# Comparison", *notes(found), _table(results(found))]
+    parts = ["# Comparison", *notes(found), as_markdown(results(found))]
     if timed := cost(found):
-        parts += ["## Cost, and equal time", TIMED, _table(timed)]
+        parts += ["## Cost, and equal time", TIMED, as_markdown(timed)]
     if found["tuned"]:
         parts += ["## Tuned to", "\n".join(f"- {line}" for line in tuned_to(found))]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{'---|' + '---:|' * (len(rows[0]) - 1)}", *lines[1:]])
 
 
 def _result(row: dict[str, Any]) -> list[str]:

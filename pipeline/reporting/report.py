@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, TrainConfig
 from pipeline.layout import Layout, project_root
-from pipeline.reporting import figures, phase_figures
+from pipeline.reporting import figures, markdown, phase_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,7 +165,7 @@ def _result(metrics: dict[str, Any], config: Config) -> str:
     if not content:
         return ""
     note = "A forward pass is one of the model over one batch; a backward pass counts as two."
-    return "\n".join(["## Result", "", *_lines(content), "", note])
+    return "\n".join(["## Result", "", markdown.table(content), "", note])
 
 
 def _further(metrics: dict[str, Any], config: Config) -> str:
@@ -179,7 +179,7 @@ def _further(metrics: dict[str, Any], config: Config) -> str:
         "In brackets, 95% intervals. Macro F1 counts every label alike; MCC, Matthews' correlation, is 0 for "
         "a guess and 1 where all is right; the calibration error is how far confidence is from accuracy."
     )
-    return "\n".join(["## Further figures", "", *_lines([("", *FURTHER.values()), *found]), "", note])
+    return "\n".join(["## Further figures", "", markdown.table([("", *FURTHER.values()), *found]), "", note])
 
 
 def _bounded(metrics: dict[str, Any], key: str) -> str:
@@ -187,12 +187,6 @@ def _bounded(metrics: dict[str, Any], key: str) -> str:
     if value is None:
         return ""
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _lines(content: list[tuple[str, ...]]) -> list[str]:
-    """A head and rows as Markdown."""
-    head, *rows = (f"| {' | '.join(cells)} |" for cells in content)
-    return [head, f"|{'---|' + '---:|' * (len(content[0]) - 1)}", *rows]
 
 
 def _setup(config: Config, metrics: dict[str, Any]) -> str:

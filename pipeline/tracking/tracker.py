@@ -93,10 +93,11 @@ def track(
     if scribe is None:
         yield Tracker(lambda message: None)
         return
-    before = ledger.noted(layout).get(stage, {}).get("run") if resume else None
-    run = before or uuid.uuid4().hex
+    before = ledger.noted(layout).get(stage, {}) if resume else {}
+    run = before.get("run") or uuid.uuid4().hex
+    told = before.get("store") == store_uri()  # MLflow refuses a second value of a parameter
     tracker = Tracker(lambda message: scribe.send({"run": run, **message}), run)
-    _start(tracker, scribe, run, stage, config, layout, parent, again=before is not None)
+    _start(tracker, scribe, run, stage, config, layout, parent, again=told)
     status = "FINISHED"
     try:
         yield tracker
@@ -136,7 +137,7 @@ def _start(
     if stage in LEADERBOARD or layout.is_trial:
         tags["leaderboard"] = "true"
     scribe.send({**message, "tags": tags})
-    if not again:  # MLflow refuses a second value of a parameter
+    if not again:
         tracker.params(_params(stage, config))
     if stage != "prepare":
         _note_data(tracker, layout)

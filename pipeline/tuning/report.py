@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
+from pipeline.reporting.markdown import table as as_markdown
 from pipeline.tuning.search import Parameter
 from pipeline.tuning.study import Study
 
@@ -31,13 +32,13 @@ def table(study: Study, by: str, guessed: bool) -> str:
     """The trials as a Markdown table, the best first. ``guessed``: trial 0 is the first guess."""
     labels = [each.label for each in study.parameters]
     best_first = sorted(study.ended, key=lambda each: _rank(each, study))
-    rows = [["trial", by, *labels, ""], ["---"] * (len(labels) + 3)]
+    rows = [["trial", by, *labels, ""]]
     for each in best_first:
         value = "" if each.value is None else f"{each.value:.4f}"
         settings = [_short(each.params.get(label, "")) for label in labels]
         note = each.user_attrs.get("error", "first guess" if guessed and each.number == 0 else "")
         rows.append([str(each.number), value, *settings, note])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return as_markdown(rows)
 
 
 def importance(study: Study) -> dict[str, float]:

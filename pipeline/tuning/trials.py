@@ -191,7 +191,7 @@ def _run(config: Config, study: Study, layout: Layout, taken: Taken, parent: str
     """The figures of the trial's run, which is made where it is not there yet."""
     values = assignments(values_of(taken.suggested, study.parameters), config)
     plain = replace(configuration.updated(config, values, source="tune"), tune=TuneConfig())
-    done = layout.finetuned / "metrics.json"
+    done = layout.last_written("finetune")
     if not done.is_file():
         with (
             (taken.folder / LOG).open("a", encoding="utf-8") as log,
