@@ -34,8 +34,22 @@ from pipeline.errors import UserError, guarded, unknown
 if TYPE_CHECKING:
     from pipeline.layout import Layout
 
+
+class _Stopped(BaseException):
+    """Ctrl-C, past typer, which would end the process without a word of what goes on."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise _Stopped(*stopped.args) from None
+
+
 app = typer.Typer(
     name="pipeline",
+    cls=_Commands,
     rich_markup_mode=None,
     no_args_is_help=True,
     add_completion=False,
@@ -275,6 +289,8 @@ def _one_line_errors() -> None:
         status = app(standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
+    except _Stopped as stopped:
+        raise KeyboardInterrupt(*stopped.args) from None
     except complaint as error:
         said = error.format_message()
         if type(error).__name__ == "NoArgsIsHelpError":

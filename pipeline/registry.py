@@ -283,11 +283,12 @@ def _fitting_dimension(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of ``device`` in bytes."""
+    """Free memory of ``device`` in bytes, with what torch holds of it and would use again."""
     import torch
 
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     import psutil
 
     return int(psutil.virtual_memory().available)

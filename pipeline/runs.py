@@ -115,7 +115,7 @@ def unfinished(layout: Layout) -> tuple[Config, tuple[str, ...]]:
     Raises:
         UserError: it is whole.
     """
-    if layout.name == "repro":
+    if layout.root.resolve() == project_root():
         raise UserError("the project's own stages go on by `dvc repro`")
     config = configuration.read(layout.params)
     if first := first_unfinished(layout, config):
@@ -169,8 +169,7 @@ def execute(
     except Timeout:
         raise UserError(f"another process is at work in {layout.root}; choose another --name") from None
     except KeyboardInterrupt:
-        again = "the same command" if stages[-1] == "tune" else f"pipeline run --resume {layout.name}"
-        raise KeyboardInterrupt(f"; to go on: {again}") from None
+        raise KeyboardInterrupt(f"; to go on: pipeline run --resume {layout.name}") from None
     except UserError:
         if {path.name for path in layout.root.rglob("*")} <= {
             lock.name,

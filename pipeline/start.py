@@ -18,7 +18,6 @@ from pipeline.models.loading import choose_device, locate, self_supervised_task
 from pipeline.noise import derive
 from pipeline.registry import Spec
 from pipeline.tasks.base import WRITES_NONE, Start, Task, TaskModel
-from pipeline.tasks.users import checked_start
 from pipeline.trainer import Training
 from pipeline.user_code import Reference
 
@@ -58,7 +57,11 @@ def begin(config: Config, layout: Layout, stage: str, folder: Path | None) -> St
     chosen, reference = task(config, stage), Reference.parse(task_name(config, stage))
     with user_code.watched(reference, "where training starts"):
         made = chosen.start(config, layout, folder)
-        return checked_start(reference, made, tested=stage == "finetune") if reference else made
+    if not isinstance(made, Start):
+        raise UserError(
+            f"{reference or chosen} gave a {type(made).__name__} from start(); it must give a Start"
+        )
+    return made
 
 
 def space(options: TrainConfig, config: Config, model: TaskModel) -> spaces.Space:

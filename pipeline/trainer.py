@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
 from pipeline.objective import AnyObjective, cross_entropy
-from pipeline.optimizer import BudgetSpent, Problem, Stalled
+from pipeline.optimizer import BudgetSpent, Problem, Stalled, StepReport
 from pipeline.registry import Spec, create, settle
 from pipeline.space import Space
 from pipeline.tasks.base import BatchSource, TaskModel
@@ -174,13 +174,13 @@ class _Loop:
         Raises:
             UserError: it is of another run, or its optimizer used gradients.
         """
-        if before.header.code != header.code:
-            changed = [path for path, digest in header.code.items() if before.header.code.get(path) != digest]
-            raise UserError(
-                f"{changed[0] if changed else 'a file of your own'} was changed since the run began: "
-                "put it back as it was, or begin another run"
-            )
-        if before.header != header:
+        then = before.header.code
+        for path, digest in header.code.items():
+            if then.get(path, digest) != digest:  # older runs did not note every file
+                raise UserError(
+                    f"{path} was changed since the run began: put it back as it was, or begin another run"
+                )
+        if replace(before.header, code=header.code) != header:
             raise UserError("the run to go on with was made with other parameters, data or weights")
         seconds = 0.0
         for measured, alike in itertools.groupby(before.lines, lambda line: "measured" in line):
@@ -206,14 +206,17 @@ class _Loop:
                 continue
             known = self.engine.found
             evaluator = self.engine.bind(batches(self.result.steps), self.result.steps)
+            ended: BudgetSpent | Stalled | None = None
             try:
                 report = self.optimizer.step(evaluator)
-            except BudgetSpent:
-                break
-            except Stalled as stalled:
-                made = self.result.forward_passes
-                warnings.warn(f"training ends after {made:,} forward passes: {stalled}", stacklevel=3)
-                break
+            except (BudgetSpent, Stalled) as why:
+                ended, told = why, [loss for losses in evaluator.record.losses for loss in losses]
+                if isinstance(why, Stalled):
+                    made = self.result.forward_passes
+                    warnings.warn(f"training ends after {made:,} forward passes: {why}", stacklevel=3)
+                if evaluator.record.only_moved and not evaluator.record.moves:
+                    break
+                report = StepReport(told[-1] if told else math.nan)  # what moved before is a step too
             self.result.steps += 1
             self.result.forward_passes = made = self.engine.forward_passes
             if recorder:
@@ -223,6 +226,8 @@ class _Loop:
                 recorder.step(made, report, evaluator.record, state, found)
             if on_step:
                 on_step(made, {"train_loss": report.loss, **report.metrics})
+            if ended:
+                break
         if not self.result.steps:
             raise UserError(
                 f"{self.training.forward_passes} forward passes are fewer than one step of "

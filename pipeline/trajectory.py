@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline import noise
 from pipeline.engine.evaluator import StepRecord
 from pipeline.errors import UserError
-from pipeline.optimizer import BudgetSpent, Candidate, LowRank, Move, Optimizer, Problem, StepReport
+from pipeline.optimizer import BudgetSpent, Candidate, LowRank, Move, Optimizer, Problem, Stalled, StepReport
 from pipeline.registry import Spec, create
 from pipeline.space import Space
 
@@ -203,8 +203,9 @@ class Trajectory:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What may change the last bits of a sum: the kind of device, the number of threads, torch's version."""
-    return {"device": device.type, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    """What may change the last bits of a sum: the device, the number of threads, torch's version."""
+    known = {"device": device.type, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    return known | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 @contextmanager
@@ -234,7 +235,8 @@ def redo(steps: Sequence[dict[str, Any]], space: Space, optimizer: Optimizer | N
                 optimizer.load_state_dict(group[-1]["state"])
         elif optimizer is not None:
             for step in group:
-                optimizer.step(_Retold(space, step["losses"]))
+                with suppress(BudgetSpent, Stalled):  # in the last one the run may have ended
+                    optimizer.step(_Retold(space, step["losses"]))
 
 
 def _written(move: Move) -> dict[str, Any]:

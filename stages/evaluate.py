@@ -11,10 +11,9 @@ from pipeline.models.quantized import FORMATS
 from pipeline.reporting.report import table, verdict, write_report
 from pipeline.stage import Context, read_metrics, script, write_metrics, write_predictions
 from pipeline.tasks.base import Start
-from pipeline.tasks.users import checked_figures
+from pipeline.tasks.users import check_start, checked_figures
 from pipeline.trainer import train
 from pipeline.tuned import with_tuned
-from pipeline.user_code import Reference
 
 
 def evaluate(context: Context) -> dict[str, float]:
@@ -45,14 +44,14 @@ def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
     config = with_tuned(context.config, layout)
     task = start.task(config, "finetune")
     begin = task.start(phases.as_last(config), layout, layout.finetuned)
+    check_start(config.prepare.task, begin, "test")
     result = task.load(layout.finetuned).to(choose_device(config.device))
     test = tested(begin, result)
     write_predictions(layout.predictions, test.losses, test.scores)
     rows = {"test": test.figures}
     write_metrics(layout.metrics, {**metrics, **_flat(rows)})  # whatever becomes of the yardsticks
     if config.evaluate.baselines:
-        reference, found = Reference.parse(config.prepare.task), task.yardsticks(begin)
-        rows |= checked_figures(reference, found) if reference else found
+        rows |= checked_figures(config.prepare.task, task.yardsticks(begin))
         if config.evaluate.adamw:
             why = _no_adamw(config, begin)
             if why:

@@ -12,6 +12,7 @@ from pipeline.peak_memory import PeakMemory
 from pipeline.phases import Phase
 from pipeline.reporting.phase_figures import together
 from pipeline.stage import Context, fresh_folder, read_metrics, script, write_metrics
+from pipeline.tasks.users import check_start
 from pipeline.trainer import train
 from pipeline.trajectory import FILE, Trajectory
 from pipeline.tuned import with_tuned
@@ -53,6 +54,7 @@ def _phase(context: Context, phase: Phase, root: Path, folder: Path, made: int) 
     """Trains from where the phase before ended, after ``made`` forward passes."""
     layout, config = context.layout, phase.config
     begin = phases.begin(config, layout, root, phase.before(root))
+    check_start(config.prepare.task, begin, "validation")
     space = start.space(config.finetune, config, begin.model)
     training = start.training(config.finetune, config, config.finetune.patience)
     name = f"{phase.name}, " if phase.name else ""

@@ -12,6 +12,7 @@ from pipeline.models.quantized import FORMATS
 from pipeline.stage import Context, fresh_folder, script, write_metrics
 from pipeline.tasks.base import Start
 from pipeline.tasks.language_modelling import target_size
+from pipeline.tasks.users import check_start
 from pipeline.trainer import train
 from pipeline.trajectory import FILE
 
@@ -37,6 +38,7 @@ def pretrain(context: Context) -> dict[str, float]:
 def _pretrain(context: Context, folder: Path) -> dict[str, float]:
     config = context.config
     begin = start.begin(config, context.layout, "pretrain", folder)
+    check_start(config.pretrain.task, begin, "validation")
     space = start.space(config.pretrain, config, begin.model)
     training = start.training(config.pretrain, config)
     context.say(

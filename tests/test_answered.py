@@ -58,6 +58,27 @@ def test_states_may_be_narrower_than_the_model_within(folder_of: dict[str, Path]
         torch.testing.assert_close(load(tmp_path)(batch), logits)
 
 
+def test_a_model_that_scales_its_logits_is_begun_with_and_one_that_caps_them_is_refused(
+    folder_of: dict[str, Path],
+) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+    common = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    common |= {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 3}
+    scaled = GraniteForCausalLM(GraniteConfig(**common, logits_scaling=4.0)).eval()
+    rows, bias = rows_of(scaled, [5, 7])
+    ids = torch.tensor([[6, 9, 11]])
+    with torch.inference_mode():
+        states = scaled.base_model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(states @ rows.T, scaled(input_ids=ids).logits[..., [5, 7]])
+    assert bias is None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        capped = Gemma2ForCausalLM(Gemma2Config(**common, final_logit_softcapping=3.0)).eval()
+    with pytest.raises(UserError, match="gives other logits than its last layer does"):
+        rows_of(capped, [5, 7])
+
+
 def test_a_search_of_the_head_reads_each_text_once(folder_of: dict[str, Path]) -> None:
     prompted, batch = completing_model(folder_of["gpt2"], WORDS)
     model = AnswerClassifier(prompted.encoder, 32, ["down", "up"]).eval()

@@ -276,6 +276,9 @@ def test_a_run_that_began_at_finetune_goes_on_there(bert: Path, table: Path, tmp
 def test_the_projects_own_stages_are_left_to_dvc(tmp_path: Path) -> None:
     text = "# mine\nseed: 3\n"
     (tmp_path / "params.yaml").write_text(text)
+    (tmp_path / "runs" / "repro").mkdir(parents=True)
+    (tmp_path / "runs" / "repro" / "params.yaml").write_text("prepare: {train: none.csv}")
+    assert "none.csv" in pipeline("run", "--resume", "repro", home=tmp_path).stderr  # which is a run
     done = pipeline("run", "--resume", ".", home=tmp_path)
     assert done.returncode == 2
     assert "go on by `dvc repro`" in done.stderr
@@ -288,12 +291,12 @@ def test_ctrl_c_says_what_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("pipeline.runs.run", stopped)
     layout = Layout(tmp_path / "runs" / "mine" / "seed-0")
-    for stages, said in (
-        (("finetune", "evaluate"), "; to go on: pipeline run --resume mine/seed-0"),
-        (("prepare", "pretrain", "tune"), "; to go on: the same command"),
-    ):
-        with pytest.raises(KeyboardInterrupt, match=said):
-            execute(Config(), layout, stages)
+    with pytest.raises(KeyboardInterrupt, match="; to go on: pipeline run --resume mine/seed-0"):
+        execute(Config(), layout, ("finetune", "evaluate"))
+    (tmp_path / "good.csv").write_text("text,label\ngood film,up\nbad film,down\n")
+    done = pipeline("tune", "--train", "good.csv", home=tmp_path)
+    assert done.returncode == 130
+    assert "; the same command goes on" in done.stderr
 
 
 def test_without_a_task_every_output_that_dvc_expects_is_there(bert: Path, tmp_path: Path) -> None:

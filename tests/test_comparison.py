@@ -90,6 +90,10 @@ def test_a_scale_of_the_configuration_is_for_its_own_method(tmp_path: Path) -> N
     assert used["adamw"].learning_rate == config.evaluate.adamw_learning_rate
     assert _scales(plan) == {"epsilon": 0.3, "learning_rate": 0.5}
     assert _scales(replace(plan, optimizers=("es", "adamw"))) == {}
+    by_gradients = updated(config, {"finetune.optimizer": "adamw"}, "test")
+    assert _scales(replace(plan, config=by_gradients)) == {}  # its rate is in evaluate
+    assert plan._said()["scales of"] == "spsa"  # older plans, without it, are of another comparison
+    assert "scales of" not in replace(plan, config=Config())._said()
 
 
 def test_equal_time_is_that_of_the_fastest_from_its_first_step() -> None:

@@ -10,6 +10,8 @@ import torch
 from pipeline import noise
 from pipeline.engine.evaluator import Engine
 from pipeline.optimizer import Candidate, LowRank, Move, Seeded
+from pipeline.registry import free_bytes
+from pipeline.trajectory import machine
 from tests.test_engine import classifier, searched
 
 pytestmark = [
@@ -17,6 +19,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_memory_that_torch_keeps_is_free() -> None:
+    before = free_bytes(CUDA)
+    held = torch.empty(2**28, dtype=torch.uint8, device=CUDA)
+    assert before - free_bytes(CUDA) >= 2**28
+    del held
+    assert before - free_bytes(CUDA) < 2**26  # its blocks are not given back, but used again
+
+
+def test_a_machine_is_told_with_its_gpu() -> None:
+    assert machine(CUDA)["gpu"] == torch.cuda.get_device_name()
 
 
 @pytest.mark.parametrize("law", noise.LAWS)

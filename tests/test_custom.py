@@ -241,7 +241,7 @@ def test_a_class_that_fails_is_one_line(text: str, said: str, tmp_path: Path) ->
         (
             "def start(self, *given):\n        made = super().start(*given)\n"
             "        made.test = []\n        return made",
-            "gave a Start without batches to measure on: test",
+            "gave a Start without batches to measure on: test is empty",
         ),
         (
             "def start(self, *given):\n        made = super().start(*given)\n"
@@ -257,6 +257,11 @@ def test_a_class_that_fails_is_one_line(text: str, said: str, tmp_path: Path) ->
             "def start(self, *given):\n        made = super().start(*given)\n"
             "        made.batch = lambda step: 1 / 0\n        return made",
             "my_task.py, line 6: ZeroDivisionError",
+        ),
+        (
+            "def start(self, *given):\n        made = super().start(*given)\n"
+            "        made.validation[0] = type(made.validation[0])({}, [1, 2])\n        return made",
+            "a batch's targets are list; they must be int64 [outputs]",
         ),
         ("def load(self, folder):\n        1 / 0", "my_task.py, line 5: ZeroDivisionError"),
         ("def yardsticks(self, start):\n        1 / 0", "my_task.py, line 5: ZeroDivisionError"),

@@ -22,7 +22,7 @@ from pipeline.objective import TextObjective, parse
 from pipeline.optimizer import LowRank, Move, Seeded
 from pipeline.tasks.base import Asked, Batch, TaskModel
 from pipeline.tasks.decoding import Decoding, decode
-from pipeline.tasks.writing import Continued, Decoder, WritingData
+from pipeline.tasks.writing import Continued, Decoder, WritingData, decoding
 from tests.conftest import sentences
 from tests.test_cli import pipeline
 from tests.test_engine import classifier, searched
@@ -91,6 +91,12 @@ def test_a_text_ends_at_its_end() -> None:
 
     assert decode(following, options, 0).tolist() == [[1, 5], [5, 5]]
     assert asked == [None, [1, 5]], "a batch ends when all its texts have"
+
+
+def test_a_text_ends_with_the_tokenizers_end_too(gpt2: Path) -> None:
+    model, tokenizer = load_language_model(str(gpt2), "clm", 0), load_tokenizer(str(gpt2))
+    model.generation_config.eos_token_id = [5, 6]  # of the model that it was made from
+    assert decoding(model, tokenizer, 4, 0.0).stop == (5, 6, tokenizer.eos_token_id)
 
 
 def test_a_text_may_begin_with_a_forced_token() -> None:

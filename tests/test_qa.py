@@ -89,6 +89,7 @@ def test_squads_form_is_read(tmp_path: Path) -> None:
         {"text": ["plot"], "answer_start": [35]},
         {"text": "plot", "answer_start": 35},
         {"text": "plot", "answer_start": "n/a"},
+        {"text": ["plot"], "answer_start": ["35"]},
         [{"text": "plot", "answer_start": 3}],
     ],
 )
@@ -107,13 +108,19 @@ def test_columns_are_read(answers: object, name: str, tmp_path: Path) -> None:
 
 def test_answers_that_are_no_texts_are_read_or_left_out(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    answers = [1945, {"text": ["war"], "answer_start": [None]}, {"answer_start": [3]}, None]
+    answers = [
+        1945,
+        {"text": ["war"], "answer_start": [None]},
+        {"answer_start": [3]},
+        None,
+        {"text": "", "answer_start": 0},
+    ]
     rows = [{"question": f"q{i}", "context": "the war of 1945", "answer": a} for i, a in enumerate(answers)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = questions.read(str(path), question=None, answers=None)
     found = [Question.of(*both) for both in zip(read.texts, read.labels, strict=True)]
     assert [(each.answers, each.starts) for each in found] == [(("1945",), (11,)), (("war",), (4,))]
-    assert read.empty == 2
+    assert read.empty == 3
 
 
 @pytest.mark.parametrize(

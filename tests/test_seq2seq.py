@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from pipeline.engine.evaluator import Engine
+from pipeline.errors import UserError
 from pipeline.models.loading import load_language_model, load_tokenizer
 from pipeline.optimizer import Explicit, LowRank, Move, Seeded
 from pipeline.tasks.base import Batch
@@ -258,6 +259,13 @@ def test_what_does_not_fit_is_one_line(
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_that_caps_its_logits_is_refused(models: dict[str, Path]) -> None:
+    model = load_language_model(str(models["t5"]), "seq2seq", 0)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match="T5ForConditionalGeneration caps its logits at 30"):
+        Seq2Seq(model, load_tokenizer(str(models["t5"])), 6, 0.0)
 
 
 def test_an_encoder_is_refused(bert: Path, pairs: Path, tmp_path: Path) -> None:

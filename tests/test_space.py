@@ -153,6 +153,23 @@ def test_the_projection_has_orthogonal_columns_and_keeps_lengths(bert: Path) -> 
     assert float(gram.diag().std()) < 0.1
 
 
+@pytest.mark.parametrize("text", ["projection,dimension=40", "full"])
+def test_pieces_of_any_size_give_the_same_bits(
+    text: str, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = []
+    for size in (2**20, 100):
+        for module in ("memory", "projection"):
+            monkeypatch.setattr(f"pipeline.space.{module}.PIECE", size)
+        space = searched(text, classifier(bert)[0])
+        coordinates = torch.linspace(-0.1, 0.1, space.size)
+        read = [space.value(each, Explicit(coordinates)) for each in space.tensors]
+        space.place(coordinates)
+        assert all(torch.equal(a, b.parameter) for a, b in zip(read, space.tensors, strict=True))
+        digests.append(space.digest())
+    assert digests[0] == digests[1]
+
+
 def test_a_seeded_move_in_the_projection_is_a_place_of_its_coordinates(bert: Path) -> None:
     moved, _ = classifier(bert)
     placed, _ = classifier(bert)

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import objective as objectives
 from pipeline import registry
 from pipeline.errors import UserError
 from pipeline.measuring.evaluation import measure
 from pipeline.models.loading import load_tokenizer
-from pipeline.objective import margin
-from pipeline.optimizer import Explicit, Move, Problem
+from pipeline.objective import AnyObjective, margin
+from pipeline.optimizer import Evaluator, Explicit, Move, Problem, Seeded, StepReport
 from pipeline.registry import Spec
 from pipeline.space import parse
-from pipeline.tasks.base import Batch
+from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.batching import pad, shuffled
 from pipeline.trainer import Result, Training, train
 from pipeline.trajectory import Trajectory
@@ -184,10 +185,12 @@ def _epochs(folder: Path) -> Callable[[int], Batch]:
     return batch
 
 
-def _over_epochs(folder: Path, path: Path, *, resume: bool = False) -> str:
+def _over_epochs(
+    folder: Path, path: Path, *, resume: bool = False, over: str = "head", objective: AnyObjective = margin
+) -> str:
     model, _ = classifier(folder)
-    batch, space = _epochs(folder), searched("head", model)
-    training = Training(Spec.parse("spsa,directions=2"), parse("head"), 120, 40, 5)
+    batch, space = _epochs(folder), searched(over, model)
+    training = Training(Spec.parse("spsa,directions=2"), parse(over), 120, 40, 5, objective=objective)
     held_out = [batch(0)]
     train(training, model, space, batch, lambda: measure(model, held_out), trajectory=path, resume=resume)
     return space.digest()
@@ -201,6 +204,74 @@ def test_a_run_goes_on_with_the_features_that_it_kept(bert: Path, tmp_path: Path
     for share in (0.1, 0.3, 0.5, 0.8):
         cut.write_bytes(content[: int(len(content) * share)])
         assert _over_epochs(bert, cut, resume=True) == expected
+
+
+class Moody(TaskModel):
+    """A teacher whose opinion of a text depends, somewhat, on the texts it is read with."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.encoder = self.inner = classifier(folder)[0]
+
+    def features(self, batch: Batch) -> torch.Tensor:
+        return self.inner.features(batch)
+
+    def outputs(self, features: torch.Tensor) -> torch.Tensor:
+        logits = self.inner.outputs(features)
+        return logits + logits.mean() + features.mean() * torch.tensor([1.0, 0.0])
+
+
+@pytest.mark.parametrize("over", ["head", "biases"])
+def test_a_run_goes_on_with_what_its_teacher_said(over: str, bert: Path, tmp_path: Path) -> None:
+    """What it says of a row depends, in its last bits, on the rows it was first read with."""
+    path, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+
+    def made(path: Path, *, resume: bool = False) -> str:
+        objective = objectives.parse(f"cross_entropy+kl,teacher={tmp_path}", lambda folder: Moody(bert))
+        return _over_epochs(bert, path, resume=resume, over=over, objective=objective)
+
+    expected = made(path)
+    content = path.read_bytes()
+    for share in (0.3, 0.8):
+        cut.write_bytes(content[: int(len(content) * share)])
+        assert made(cut, resume=True) == expected
+
+
+class Twice:
+    """Two moves a step, a loss before each: a budget may end between them."""
+
+    def __init__(self) -> None:
+        self._step = 0
+
+    def step(self, evaluator: Evaluator) -> StepReport:
+        for half in range(2):
+            [loss] = evaluator.losses([Seeded(2 * self._step + half, 0.1)])
+            evaluator.move(Move([2 * self._step + half], [-0.1 * loss], "rademacher"))
+        self._step += 1
+        return StepReport(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+
+
+def test_a_step_that_the_budget_ends_after_a_move_is_in_the_record(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("trainer", "trajectory"):
+        monkeypatch.setattr(f"pipeline.{module}.create", lambda *given: Twice())
+    path = tmp_path / "t.jsonl"
+    result, space = run(bert, "spsa", "head", 5, path)
+    assert (result.steps, result.forward_passes, result.curve[-1][0]) == (3, 5, 5)
+    assert Trajectory.read(path).replay(searched("head", classifier(bert)[0])) == space.digest()
+    lines = path.read_text().splitlines(keepends=True)
+    for kept in (len(lines) - 1, len(lines) - 2, len(lines) - 3):
+        path.write_text("".join(lines[:kept]))
+        again, other = run(bert, "spsa", "head", 5, path, resume=True)
+        assert other.digest() == space.digest()
+        assert (again.steps, again.forward_passes) == (3, 5)
 
 
 def test_a_run_goes_on_with_as_many_candidates_a_pass(

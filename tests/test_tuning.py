@@ -480,6 +480,10 @@ def test_tuning_takes_data_and_what_it_found_comes_with_its_experiment(
     assert planned.returncode == 0, planned.stderr
     found = configuration.build(yaml.safe_load(planned.stdout), "plan")
     study = configuration.read(tmp_path / "runs" / "study" / "params.yaml")
+    (tmp_path / "other.csv").write_text(table.read_text())
+    other = ["--train", "other.csv", *given[2:]]
+    refused = pipeline("tune", "--config", "hybrid.yaml", *other, "--seed", "5", home=tmp_path)
+    assert "was made with prepare.train=" in refused.stderr  # and not: was changed
     values = tuned.read(tmp_path / "runs" / "study" / "tuned.json")["values"]
     assert found == configuration.updated(study, {**values, "tune.enabled": False}, "test")
     assert (found.prepare.train, found.prepare.label, found.seed) == (str(table), "verdict", 5)

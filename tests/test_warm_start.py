@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -66,6 +67,12 @@ def test_refuses_another_space_a_run_without_points_and_too_few(tmp_path: Path) 
     path = run_of("cmaes:SepCMA", tmp_path)
     with pytest.raises(UserError, match=r"is over full.* \(10 coordinates\)"):
         cmaes(over_the_quadratic(11), warm_start=str(path))
+    header, rest = path.read_text(encoding="utf-8").split("\n", 1)
+    path.write_text("\n".join([json.dumps({**json.loads(header), "space": "prompt"}), rest]), "utf-8")
+    seed = json.loads(header)["run_seed"]
+    with pytest.raises(UserError, match=f"has seed {seed}, the search {seed + 1}, and the space prompt"):
+        cmaes(Problem(SIZE, "prompt", 4000, seed + 1), warm_start=str(path))
+    cmaes(Problem(SIZE, "prompt", 4000, seed), warm_start=str(path))
     seeded = run_of("spsa", tmp_path)
     with pytest.raises(UserError, match="a run of spsa scored no points"):
         cmaes(over_the_quadratic(), warm_start=str(seeded))

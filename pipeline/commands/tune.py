@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,7 +111,10 @@ def tune(
     stages = runs.stages_between(first if first in ("prepare", "pretrain") else "tune", "tune")
     # what is told on the way is no JSON
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        runs.execute(chosen, layout, stages, resume=begun)
+        try:
+            runs.execute(chosen, layout, stages, resume=begun)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("; the same command goes on") from None
     if as_json:
         typer.echo(layout.tuned.read_text(encoding="utf-8").rstrip())
         return
@@ -121,16 +123,17 @@ def tune(
 
 
 def _same_files(layout: Layout, config: Config) -> None:
-    """Notes the files of data in the study's folder, or holds them against those that it began with.
+    """Notes the files of data that are about to be prepared, or holds them against those that were.
 
     Raises:
         UserError: one of them was changed.
     """
     from pipeline.data.prepare import check_unchanged, digests
+    from pipeline.tuned import read, write
 
-    path, now = layout.files, digests(config)
-    if path.is_file():
-        check_unchanged(json.loads(path.read_text(encoding="utf-8")), now, layout.root)
-    else:
+    now = digests(config)
+    if not layout.last_written("prepare").is_file():
         layout.root.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        write(layout.files, now)
+    elif layout.files.is_file():  # older studies have none
+        check_unchanged(read(layout.files), now, layout.root)

@@ -84,6 +84,8 @@ class Plan:
     def is_configured(self, optimizer: str) -> bool:
         """Whether it is the configuration's method: the scales and the rate there are meant for that one."""
         ours, theirs = Spec.parse(self.config.finetune.optimizer), Spec.parse(optimizer)
+        if theirs.backend == YARDSTICK:  # whose rate is in evaluate
+            return False
         return (ours.backend, ours.name) == (theirs.backend, theirs.name)
 
     def keep(self) -> None:
@@ -112,6 +114,8 @@ class Plan:
         own: dict[str, Any] = {"optimizers": list(self.optimizers), "seeds": list(self.seeds)}
         own["tune"] = self.tune
         own |= {key: value for key, value in self.config.flat().items() if key != "seed"}
+        if any(getattr(self.config.finetune, key) is not None for key in SCALES):
+            own["scales of"] = self.config.finetune.optimizer  # older plans gave them to all methods
         code = user_code.digests(self.config.prepare.task, self.config.finetune.objective)
         return own | dict(zip(FILES, (digests(self.config), code), strict=True))
 

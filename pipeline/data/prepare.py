@@ -149,9 +149,12 @@ def digests(config: Config) -> dict[str, str]:
 
 
 def check_unchanged(before: dict[str, str], now: dict[str, str], root: Path) -> None:
-    """Raises UserError where a file has another digest than when what lies in ``root`` was begun."""
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
+    """Raises UserError where a file has another digest than when what lies in ``root`` was begun.
+
+    Files that are only in one of the two are parameters that differ, or were not noted then.
+    """
+    for name in now:
+        if before.get(name, now[name]) != now[name]:
             raise UserError(f"{name} was changed since {root} began; put it back, or use another --name")
 
 

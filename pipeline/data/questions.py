@@ -89,8 +89,8 @@ def _table(source: str, question: str, answers: str | None) -> list[tuple[str, s
                 f"{source} has no column '{name}'; qa reads question, context and answers (--text and --label"
                 f" name the first and the last); it has {', '.join(known)}"
             )
-    columns = (known[name] for name in (question, "context", column))
-    return list(zip(*columns, strict=True))
+    columns = [known[name] for name in (question, "context", column)]
+    return list(zip(*(each() if callable(each) else each for each in columns), strict=True))
 
 
 def _question(question: Any, context: Any, answers: Any) -> Question | None:
@@ -114,11 +114,18 @@ def _spans(answers: Any, context: str) -> list[tuple[str, int]]:
         span = each if isinstance(each, dict) else {"text": each}
         text, start = span.get("text"), span.get("answer_start")
         text = "" if text is None else str(text)
-        start = int(start) if isinstance(start, int | float) and start % 1 == 0 else -1
-        if start < 0 or not context.startswith(text, start):
-            start = context.find(text) if text else -1
-        spans.append((text, start))
+        place = _place(start)
+        if not text or place < 0 or not context.startswith(text, place):
+            place = context.find(text) if text else -1
+        spans.append((text, place))
     return spans
+
+
+def _place(value: Any) -> int:
+    """A whole number from 0 on, as text too; -1 for anything else."""
+    if isinstance(value, str):
+        return int(value) if value.isdecimal() else -1
+    return int(value) if isinstance(value, int | float) and value >= 0 and value % 1 == 0 else -1
 
 
 def _several(value: Any) -> list[Any]:

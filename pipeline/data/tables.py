@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 class Table:
     """Columns of equal length. ``places[i]`` says where row i stands (``line 7``), for error messages.
 
-    ``nested`` are columns of lists or records, where the format tells them from plain ones.
+    ``nested`` reads columns of lists or records, where the format tells them from plain ones: few tasks do.
     """
 
     source: str
     columns: dict[str, list[Any]]
     places: list[str]
-    nested: dict[str, list[Any]] = field(default_factory=dict)
+    nested: dict[str, Callable[[], list[Any]]] = field(default_factory=dict)
 
 
 def read_file(path: Path) -> Table:
@@ -190,15 +191,19 @@ def from_dataset(data: Dataset, source: str) -> Table:
     if not len(data):
         raise UserError(f"{source} has no rows")
     columns: dict[str, list[Any]] = {}
-    nested: dict[str, list[Any]] = {}
+    nested: dict[str, Callable[[], list[Any]]] = {}
     for name, feature in data.features.items():
         if isinstance(feature, ClassLabel):
             columns[name] = [None if i is None or i < 0 else feature.int2str(i) for i in data[name]]
         elif isinstance(feature, Value):
             columns[name] = list(data[name])
         elif _is_plain(feature):
-            nested[name] = list(data[name])
+            nested[name] = partial(_column, data, name)
     return Table(source, columns, [f"row {i}" for i in range(1, len(data) + 1)], nested)
+
+
+def _column(data: Dataset, name: str) -> list[Any]:
+    return list(data[name])
 
 
 def _is_plain(feature: Any) -> bool:

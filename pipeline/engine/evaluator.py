@@ -13,7 +13,7 @@ from pipeline import noise
 from pipeline.engine import shared
 from pipeline.engine.scorer import Scorer
 from pipeline.errors import UserError
-from pipeline.objective import AnyObjective, TextObjective, cross_entropy, judge
+from pipeline.objective import AnyObjective, BatchObjective, TextObjective, cross_entropy, judge
 from pipeline.optimizer import BudgetSpent, Candidate, Drawn, Explicit, Move, Seeded
 from pipeline.space import Space
 from pipeline.tasks.base import Batch, TaskModel
@@ -75,21 +75,27 @@ class Engine:
 
     @torch.inference_mode()
     def recall(self, batches: Iterable[Batch]) -> None:
-        """Keeps the features of ``batches``, those of steps already made, as they were kept then.
+        """Keeps what is kept of rows, features and what the objective reads, as in the steps of ``batches``.
 
-        A row's features depend, in their last bits, on the rows it was first encoded with. Ends when no batch
-        brings another row.
+        It depends, in its last bits, on the rows that a row was first read with. Ends when no batch brings
+        another row.
         """
-        if not self._head_only:
+        reads = isinstance(self.objective, BatchObjective)
+        if not self._head_only and not reads:
             return
-        old = 0  # rows in turn that were kept already
+        seen: set[int] = set()
+        old = 0  # rows in turn that were there already
         for batch in batches:
             if batch.examples is None:
                 return
-            before = len(self._kept)
-            self._features(batch.to(self.space.device))
-            old = 0 if len(self._kept) > before else old + len(batch.examples)
-            if old >= len(self._kept):
+            moved = batch.to(self.space.device)
+            if reads:
+                judge(self.objective, moved)
+            if self._head_only:
+                self._features(moved)
+            old = old + len(batch.examples) if seen.issuperset(batch.examples) else 0
+            seen.update(batch.examples)
+            if old >= len(seen):
                 return
 
     def bind(self, batch: Batch, step: int) -> BatchEvaluator:

@@ -76,7 +76,7 @@ class Classifier:
 
     def __init__(self, load: Load, *, model: str = "", label: str = "") -> None:
         """Raises UserError where there is no such folder; the classifier is loaded when it is needed."""
-        from pipeline.tasks.classification import HEAD_CONFIG
+        from pipeline.tasks.classification import HEAD_CONFIG, TextClassifier
         from pipeline.tasks.prompted import PROMPTED_FILE
 
         self._folder = found_folder(model, "classifier,model=runs/NAME/models/finetuned,label=LABEL")
@@ -84,6 +84,8 @@ class Classifier:
         self._read: tuple[TaskModel, _IdsOf, int, int] | None = None
         if not any((self._folder / name).is_file() for name in (HEAD_CONFIG, PROMPTED_FILE)):
             raise UserError(f"{self._folder} holds no classifier: it takes a run's models/finetuned")
+        if not (self._folder / PROMPTED_FILE).is_file():
+            TextClassifier.check(self._folder)
 
     def scores(self, asked: Asked, completions: Sequence[str]) -> list[float]:
         """Of each completion, read without its prompt."""

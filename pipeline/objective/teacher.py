@@ -60,7 +60,8 @@ class Divergence:
         if batch.examples is None:
             return made
         if not known:
-            self._kept.update(zip(batch.examples, made, strict=True))
+            for example, row in zip(batch.examples, made, strict=True):
+                self._kept.setdefault(example, row)
         return torch.stack([self._kept[example] for example in batch.examples])
 
     def _teacher(self, device: torch.device) -> TaskModel:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+PIECE = 2**20  # elements that are worked on at a time: what a cache holds
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,8 @@ class Group:
     @property
     def flat(self) -> Tensor:
         return self.segment.flat[self.start - self.segment.offset :][: self.count]
+
+    def pieces(self) -> Iterator[Group]:
+        """Its elements, `PIECE` at a time: what is computed of each needs several times its memory."""
+        for low in range(0, self.count, PIECE):
+            yield Group(self.segment, self.start + low, min(PIECE, self.count - low))

@@ -11,7 +11,7 @@ from pipeline import noise
 from pipeline.errors import UserError
 from pipeline.optimizer import Candidate, Drawn, Explicit, LowRank, Move
 from pipeline.space.factors import Factors
-from pipeline.space.memory import Group
+from pipeline.space.memory import PIECE, Group
 from pipeline.space.searched import Space
 
 _PATH = 1  # to the seed of S
@@ -75,9 +75,10 @@ class Projection(Space):
         return Explicit(z.mul_(candidate.scale * factor).add_(self._point))
 
     def _displace(self, group: Group, coordinates: Tensor, out: Tensor) -> None:
-        counters = torch.arange(group.start, group.start + group.count, device=out.device)
-        words = noise.words_at(noise.derive(self._seed, _PATH), counters).long() & 0xFFFFFFFF
-        signs = 1.0 - 2.0 * (words & 1)
         scale = (self.dimension / self.elements) ** 0.5 * group.segment.scale
-        delta = coordinates[(words >> 1) % self.dimension] * (signs * scale)
-        out.copy_(self._start_of(group) + delta)
+        for part, values in zip(group.pieces(), torch.split(out, PIECE), strict=True):
+            counters = torch.arange(part.start, part.start + part.count, device=out.device)
+            words = noise.words_at(noise.derive(self._seed, _PATH), counters).long() & 0xFFFFFFFF
+            signs = 1.0 - 2.0 * (words & 1)
+            delta = coordinates[(words >> 1) % self.dimension] * (signs * scale)
+            values.copy_(self._start_of(part) + delta)

@@ -14,7 +14,7 @@ from pipeline import noise
 from pipeline.errors import UserError
 from pipeline.optimizer import Candidate, Drawn, Explicit, LowRank, Move, Seeded
 from pipeline.space.factors import Factors, Layout
-from pipeline.space.memory import Group, Searched, Segment
+from pipeline.space.memory import PIECE, Group, Searched, Segment
 
 _RADII_KEPT = 1024  # lengths of sphere directions: a step asks for each several times
 _STACKED = 2**20  # elements of a space whose candidates may be stacked
@@ -22,7 +22,6 @@ _GROUP = 2**21  # elements perturbed in one call
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDING = 9  # the path to the seeds of random rounding
 _SMALL = 2**12  # elements of a piece whose directions are drawn for many moves at once
-_PIECE = 2**20  # elements of a sum of directions: what a cache holds
 
 
 class Space:
@@ -207,7 +206,7 @@ class Space:
 
     def _move_along(self, moves: list[Move]) -> None:
         """Moves of one law: a piece of the weights meets them all while a cache holds it."""
-        memory = torch.empty(min(_PIECE, self.elements), device=self.device)  # fresh memory is dear
+        memory = torch.empty(min(PIECE, self.elements), device=self.device)  # fresh memory is dear
         first = self._moves + 1
         self._moves += len(moves)
         for part, decays in self._parts(any(move.decay for move in moves)):
@@ -286,9 +285,8 @@ class Space:
 
     def place(self, coordinates: Tensor) -> None:
         """θ ← start + coordinates (float32 ``[size]``)."""
-        for segment in self.segments:
-            group = Group(segment, segment.offset, len(segment.flat))
-            self.write(Explicit(coordinates), group, segment.flat)
+        for group, _ in self._parts(False):
+            self.write(Explicit(coordinates), group, group.flat)
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the searched tensors."""
@@ -315,8 +313,8 @@ class Space:
             if decaying:
                 pieces = [(s.offset, s.parameter.numel(), s.parameter.dim() > 1) for s in segment.tensors]
             for start, count, decays in pieces:
-                for low in range(0, count, _PIECE):
-                    yield Group(segment, start + low, min(_PIECE, count - low)), decays
+                for piece in Group(segment, start, count).pieces():
+                    yield piece, decays
 
     def _add(
         self, values: Tensor, seed: int, start: int, scale: float, distribution: str, out: Tensor

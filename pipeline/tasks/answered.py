@@ -16,8 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline import noise
+from pipeline.errors import UserError
 from pipeline.tasks.base import Batch
 from pipeline.tasks.classification import HEAD_CONFIG, TextClassifier, standardise
+from pipeline.tasks.language_modelling import LanguageModel
+
+_TRIED, _LARGE = 8, 100.0  # states that the output layer is tried with: so large that a cap shows
+_ROUNDING = 0.01  # of half precision, in a factor that is 1
 
 
 class AnswerClassifier(TextClassifier):
@@ -59,9 +65,28 @@ def start_as_words(model: AnswerClassifier, rows: Tensor, bias: Tensor | None, s
         model.classifier.bias.add_(bias.to(model.mean))
 
 
+@torch.inference_mode()
 def rows_of(model: Any, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Of a language model's output layer the rows of ``tokens``, and their biases if there are any."""
+    """Of a language model's output layer the rows of ``tokens``, and their biases if there are any.
+
+    They are multiplied by what the model multiplies its logits by (Granite, Cohere).
+
+    Raises:
+        UserError: it does something else to them, such as to cap them (Gemma 2).
+    """
     whole = model.get_output_embeddings()
     chosen = list(tokens)
-    bias = getattr(whole, "bias", None)
-    return whole.weight.detach()[chosen], None if bias is None else bias.detach()[chosen]
+    rows, bias = whole.weight.detach()[chosen].float(), getattr(whole, "bias", None)
+    bias = None if bias is None else bias.detach()[chosen].float()
+    states = noise.direction(0, 0, _TRIED * rows.shape[1], "gaussian", rows.device).view(_TRIED, -1)
+    states = (states * _LARGE).to(whole.weight.dtype)
+    plain = torch.nn.functional.linear(states.float(), rows, bias)
+    own = LanguageModel(model).logits(states[None])[0][:, chosen].float()
+    factor = float((own * plain).sum() / plain.square().sum())
+    if not torch.allclose(own, plain * factor, rtol=0.05, atol=0.02 * float(own.abs().max())):
+        raise UserError(
+            f"a {type(model).__name__} gives other logits than its last layer does, which a head of its own "
+            "cannot begin with: choose another space than head, such as lora"
+        )
+    factor = 1.0 if abs(factor - 1.0) < _ROUNDING else factor
+    return rows * factor, None if bias is None else bias * factor

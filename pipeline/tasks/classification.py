@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -104,6 +104,16 @@ class TextClassifier(TaskModel):
         return {**self.classifier.state_dict(), "mean": self.mean, "scale": self.scale}
 
     @classmethod
+    def check(cls, folder: Path) -> dict[str, Any]:
+        """What ``folder`` says of its head. Raises UserError as `load` does."""
+        if not (folder / HEAD_CONFIG).is_file():
+            raise UserError(f"{folder} holds no classifier; run the finetune stage first")
+        head: dict[str, Any] = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
+        if (reads := head.get("reads", TextClassifier.reads)) != cls.reads:
+            raise UserError(f"{folder} holds a classifier of a {reads}, where one of a {cls.reads} is needed")
+        return head
+
+    @classmethod
     def load(cls, folder: Path) -> TextClassifier:
         """What `save` wrote.
 
@@ -114,11 +124,7 @@ class TextClassifier(TaskModel):
 
         from pipeline.models.loading import load_encoder
 
-        if not (folder / HEAD_CONFIG).is_file():
-            raise UserError(f"{folder} holds no classifier; run the finetune stage first")
-        head = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
-        if (reads := head.get("reads", TextClassifier.reads)) != cls.reads:
-            raise UserError(f"{folder} holds a classifier of a {reads}, where one of a {cls.reads} is needed")
+        head = cls.check(folder)
         encoder = load_encoder(str(folder), "auto")
         values = load_file(folder / HEAD_FILE)
         model = cls(encoder, len(values["mean"]), head["labels"], head["pooled_layers"])

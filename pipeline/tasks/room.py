@@ -14,12 +14,26 @@ from pipeline.space import parse
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AFTER_PADDING = (
+    "roberta",
+    "roberta-prelayernorm",
+    "camembert",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "mpnet",
+    "xmod",
+)
+"""Models whose positions are counted from behind the padding's id."""
+
 
 def check_length(
     section: str, options: TrainConfig, tokenizer: PreTrainedTokenizerBase, location: str
 ) -> None:
     """Raises UserError for texts that the model has no positions for, with the prompt before them."""
-    positions = getattr(load_config(location), "max_position_embeddings", None) or tokenizer.model_max_length
+    config = load_config(location)
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if config.model_type in AFTER_PADDING and config.pad_token_id is not None:
+        positions -= config.pad_token_id + 1
     longest = min(tokenizer.model_max_length, positions)
     _check(f"{section}.max_length is", options.max_length, options, location, longest)
 

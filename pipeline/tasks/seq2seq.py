@@ -32,6 +32,11 @@ class Seq2Seq(TaskModel):
         temperature: float,
     ) -> None:
         super().__init__()
+        capped = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+        if capped:  # behind the layer that gives them, where the rest is cut off
+            raise UserError(
+                f"a {type(model).__name__} caps its logits at {capped:g}: it is not supported here"
+            )
         self.model = model
         self._body = (EncoderDecoder(model),)  # no module of its own: it would name every tensor twice
         self._tokenizer = tokenizer
@@ -122,7 +127,7 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         head = head_of(model)
         for name, child in model.named_children():
-            if child is not head:
+            if all(module is not head for module in child.modules()):
                 self.add_module(name, child)
 
 

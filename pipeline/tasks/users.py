@@ -9,30 +9,29 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.tasks.base import Start
+from pipeline.tasks.base import Batch, Start, TaskModel
 from pipeline.user_code import Reference
 
 
-def checked_start(reference: Reference, start: Any, *, tested: bool) -> Start:
-    """``start``, whose model has been tried on a batch; ``tested`` says that a test is to come.
+def check_start(task: str, start: Start, split: str) -> None:
+    """Tries the model of a user's ``task`` on the first batch of ``split``; a plugin's is not looked at.
 
     Raises:
-        UserError: it is none, or its batches or its model's outputs do not fit each other.
+        UserError: there is no such batch, or it and the model's outputs do not fit each other.
     """
-    if not isinstance(start, Start):
-        raise UserError(f"{reference} gave a {type(start).__name__} from start(); it must give a Start")
-    empty = [name for name in ("validation", *(["test"] if tested else [])) if not getattr(start, name)]
-    if empty:
-        raise UserError(f"{reference} gave a Start without batches to measure on: {' and '.join(empty)}")
+    reference = Reference.parse(task)
+    if reference is None:
+        return
+    batches: list[Batch] = getattr(start, split)
+    if not batches:
+        raise UserError(f"{reference} gave a Start without batches to measure on: {split} is empty")
     if start.examiner is None:
-        _check_outputs(reference, start)
-    return start
+        _check_outputs(reference, start.model.eval(), batches[0])
 
 
 @torch.inference_mode()
-def _check_outputs(reference: Reference, start: Start) -> None:
-    batch = start.validation[0].to(next(start.model.parameters()).device)
-    targets, logits = batch.targets, start.model(batch)
+def _check_outputs(reference: Reference, model: TaskModel, batch: Batch) -> None:
+    targets: Any = batch.targets
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() != 1:
         made = (
             f"{targets.dtype} {tuple(targets.shape)}"
@@ -40,6 +39,7 @@ def _check_outputs(reference: Reference, start: Start) -> None:
             else type(targets).__name__
         )
         raise UserError(f"{reference}: a batch's targets are {made}; they must be int64 [outputs]")
+    logits = model(batch.to(next(model.parameters()).device))
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(targets):
         raise UserError(
@@ -53,13 +53,13 @@ def _check_outputs(reference: Reference, start: Start) -> None:
         )
 
 
-def checked_figures(reference: Reference, found: Any) -> dict[str, dict[str, float]]:
-    """What ``yardsticks`` gave: figures by name, by yardstick.
+def checked_figures(task: str, found: Any) -> dict[str, dict[str, float]]:
+    """What ``yardsticks`` of ``task`` gave: figures by name, by yardstick.
 
     Raises:
         UserError: it is anything else.
     """
-    wanted = f'{reference} gave %s from yardsticks(); it must give {{"name": {{"accuracy": 0.5}}}}, or {{}}'
+    wanted = f'{task} gave %s from yardsticks(); it must give {{"name": {{"accuracy": 0.5}}}}, or {{}}'
     if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
         raise UserError(wanted % f"a {type(found).__name__}")
     for figures in found.values():

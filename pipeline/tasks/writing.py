@@ -122,10 +122,13 @@ def texts(written: Tensor, options: Decoding, tokenizer: PreTrainedTokenizerBase
 def decoding(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> Decoding:
-    """How ``model`` writes; it ends where its configuration, or its tokenizer, says that a text does."""
+    """How ``model`` writes; it ends where its configuration or its tokenizer says that a text does.
+
+    The tokenizer's end is what targets are trained to end with.
+    """
     ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = tokenizer.eos_token_id if ends is None else ends
-    stop = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    ends = ends if isinstance(ends, list) else [ends]
+    stop = tuple(dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id) if end is not None))
     first = getattr(model.generation_config, "forced_bos_token_id", None)
     return Decoding(max_new_tokens, temperature, stop, stop[0] if stop else -1, first)
 

@@ -88,7 +88,9 @@ class CMA(CMAES):
             if not failed:
                 self._root = root
                 return
-        variances, axes = torch.linalg.eigh(self._covariance)
+        on_apple = self._covariance.device.type == "mps"  # which decomposes nothing
+        found = torch.linalg.eigh(self._covariance.cpu() if on_apple else self._covariance)
+        variances, axes = (each.to(self._covariance.device) for each in found)
         least = _LEAST * float(variances[-1])
         if float(variances[0]) < least:  # only rounding can bring it there: (52) keeps C positive
             variances.clamp_(min=least)

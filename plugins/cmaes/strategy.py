@@ -216,7 +216,8 @@ class CMAES(ABC):
 
     def _sent(self, points: Tensor) -> Tensor:
         """Points as the engine gets them."""
-        return self._box(points).to(self._device, self.options.point_type)
+        on_apple = self._device.type == "mps"  # which has no float64
+        return self._box(points).to(self._device, torch.float32 if on_apple else self.options.point_type)
 
     def _learn_from(self, samples: Samples, losses: Sequence[float], *, mirrored: bool) -> None:
         finite = [loss for loss in losses if math.isfinite(loss)]

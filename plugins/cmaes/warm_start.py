@@ -21,6 +21,7 @@ from plugins.cmaes.strategy import CMAES
 BEST = 0.1  # γ: the share of points that the distribution is fitted to
 PRIOR = 0.1  # α, of σ: the deviation of each point's own Gaussian
 MOST = 256  # points kept
+SEEDED = ("projection", "prompt", "lora")  # spaces that the seed draws
 
 
 def warmed(method: CMAES, problem: Problem, path: str) -> CMAES:
@@ -35,6 +36,11 @@ def warmed(method: CMAES, problem: Problem, path: str) -> CMAES:
         raise UserError(
             f"warm_start: {path} is over {header.space} ({header.size:,} coordinates), the search over "
             f"{problem.space} ({problem.size:,})"
+        )
+    if problem.space in SEEDED and header.run_seed != problem.run_seed:
+        raise UserError(
+            f"warm_start: {path} has seed {header.run_seed}, the search {problem.run_seed}, and the space "
+            f"{problem.space} is drawn from it: its coordinates would mean something else"
         )
     return fitted(method, _points(trajectory, problem))
 
