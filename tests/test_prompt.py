@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import space as spaces
+from pipeline.config import FinetuneConfig
 from pipeline.engine import scorer
 from pipeline.engine.evaluator import Engine
 from pipeline.errors import UserError
@@ -21,6 +22,7 @@ from pipeline.optimizer import Candidate, Explicit, LowRank, Seeded
 from pipeline.tasks.base import Batch, TaskModel
 from pipeline.tasks.classification import TextClassifier
 from pipeline.tasks.language_modelling import LanguageModel
+from pipeline.tasks.room import check_length
 from pipeline.trajectory import Trajectory
 from tests.test_cli import pipeline, small
 from tests.test_engine import classifier, language_model, searched, translator
@@ -271,3 +273,21 @@ def test_a_prompt_pretrained_goes_on_into_the_task(gpt2: Path, table: Path, tmp_
     too_long = pipeline(*given, *small(gpt2), *both, "-S", "pretrain.max_length=62", home=tmp_path)
     assert too_long.returncode == 2
     assert "max_length is 62, after a prompt of 3; the model takes at most 64 tokens" in too_long.stderr
+
+
+def test_positions_behind_the_paddings_id_are_not_for_texts(bert: Path, tmp_path: Path) -> None:
+    """RoBERTa's begin at 2 where the padding is 1: of 64 rows of its table 62 are for tokens."""
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    tokenizer = load_tokenizer(str(bert))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=1, **sizes)
+    model = RobertaForMaskedLM(config).eval()
+    model.save_pretrained(tmp_path)
+    check_length("finetune", FinetuneConfig(max_length=62), tokenizer, str(tmp_path))
+    with pytest.raises(UserError, match="max_length is 63; the model takes at most 62 tokens"):
+        check_length("finetune", FinetuneConfig(max_length=63), tokenizer, str(tmp_path))
+    with torch.inference_mode():
+        model(input_ids=torch.full((1, 62), 5))  # reads no row that is not there
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            model(input_ids=torch.full((1, 63), 5))
