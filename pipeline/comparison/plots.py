@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6F47")
 INK = "#7a8088"
 POINTS = 200
+APART = 10  # times as long as the quickest, from where an axis is logarithmic beyond its end
 
 
 def curves(found: dict[str, Any], figure: str, by: str) -> str:
@@ -30,10 +31,11 @@ def curves(found: dict[str, Any], figure: str, by: str) -> str:
         "font.family": "sans-serif",
     }
     with rc_context(style | dict.fromkeys(inked, INK)):
-        drawn = Figure(figsize=(6.2, 3.6), layout="constrained")
+        drawn = Figure(figsize=(6.2, 3.9), layout="constrained")
         axes = drawn.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         _draw(axes, found, figure, by)
+        drawn.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
         out = io.StringIO()
         drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
@@ -41,7 +43,7 @@ def curves(found: dict[str, Any], figure: str, by: str) -> str:
 
 
 def _draw(axes: Axes, found: dict[str, Any], figure: str, by: str) -> None:
-    seen = []
+    seen, ends = [], []
     for number, (name, runs) in enumerate(found["curves"].items()):
         xs = [_axis(found, name, seed, points, by) for seed, points in enumerate(runs)]
         ys = [[_finite(point[figure]) for point in points] for points in runs]
@@ -52,11 +54,17 @@ def _draw(axes: Axes, found: dict[str, Any], figure: str, by: str) -> None:
         axes.fill_between(grid, lines.min(0), lines.max(0), color=colour, alpha=0.15, linewidth=0)
         axes.plot(grid, lines.mean(0), dashes, color=colour, label=name, linewidth=1.6)
         seen.append(lines.mean(0))
+        ends.append(float(grid[-1]))
     if figure == "loss":
         _frame(axes, seen)
-    axes.set_xlabel("forward passes" if by == "forward_passes" else "seconds")
+    unit = "forward passes" if by == "forward_passes" else "seconds"
+    quickest, slowest = min(ends), max(ends)
+    if slowest > APART * quickest > 0.0:  # a method of seconds would vanish beside one of minutes
+        axes.set_xscale("symlog", linthresh=quickest)
+        axes.set_xlim(0.0, slowest)
+        unit += f", on a logarithmic scale from {quickest:,.3g} on"
+    axes.set_xlabel(unit)
     axes.set_ylabel(f"validation {figure}")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
 def _finite(value: float) -> float:

@@ -150,7 +150,8 @@ def _params(stage: str, config: Config) -> dict[str, Any]:
     for section in {"pretrain", "finetune"} - others:
         values |= _as_used(section, config)
     if stage == "compare":
-        del values["finetune.optimizer"]  # it has several
+        for key in ("optimizer", *SCALES):  # it has several
+            del values[f"finetune.{key}"]
     elif config.finetune.then and "finetune.then" in values:
         values |= {
             "finetune.optimizer": config.finetune.method,
