@@ -2,12 +2,14 @@
 
     python examples/texts.py verses OUT     English and Spanish verses, for translation
     python examples/texts.py cloze OUT      a name left out of a verse, to be found in another translation
+    python examples/texts.py glosses OUT    definitions of nouns and what kind of thing each is, of 25
     python examples/texts.py papers OUT     abstracts of papers and a sentence on what they did, for summaries
 
-Each writes OUT-train, OUT-validation and OUT-test. ``verses`` and ``cloze`` are split by book, since
-neighbours quote each other; they read Debian's packages sword-text-web, sword-text-kjv and sword-text-sparv
-(public domain) with ``pip install pysword``. ``papers`` fetches aclsum 0.1.2 (MIT; papers after 2016 are
-CC BY 4.0) and has its splits.
+``glosses`` writes OUT.tsv, at most 400 of a kind, out of Debian's package wordnet-base (WordNet's licence,
+free for any use). The others write OUT-train, OUT-validation and OUT-test. ``verses`` and ``cloze`` are split
+by book, since neighbours quote each other; they read Debian's packages sword-text-web, sword-text-kjv and
+sword-text-sparv (public domain) with ``pip install pysword``. ``papers`` fetches aclsum 0.1.2 (MIT; papers
+after 2016 are CC BY 4.0) and has its splits.
 """
 
 from __future__ import annotations
@@ -28,6 +30,35 @@ ENGLISH, OLDER, SPANISH = "engWEB2015eb", "engKJV2006eb", "spaRV1909eb"
 HELD_OUT = {"validation": ("Esther", "Luke"), "test": ("Ruth", "Jonah", "Mark", "James")}
 ACLSUM = Archive("aclsum", "0.1.2", "c75ffc48d3eabc5f37c68ea087943780a85950087957759e89746f21111f2213")
 BLANK = "____"
+WORDNET = "/usr/share/wordnet/data.noun"
+KINDS = {  # the numbers of WordNet's files of nouns, but for the most general ones
+    4: "act",
+    5: "animal",
+    6: "artifact",
+    7: "attribute",
+    8: "body",
+    9: "cognition",
+    10: "communication",
+    11: "event",
+    12: "feeling",
+    13: "food",
+    14: "group",
+    15: "location",
+    16: "motive",
+    17: "object",
+    18: "person",
+    19: "phenomenon",
+    20: "plant",
+    21: "possession",
+    22: "process",
+    23: "quantity",
+    24: "relation",
+    25: "shape",
+    26: "state",
+    27: "substance",
+    28: "time",
+}
+OF_A_KIND = 400
 CONTEXT = 2  # verses to both sides
 WRITTEN = {
     "validation": 100,
@@ -100,6 +131,25 @@ def write_cloze(out: str) -> None:
         print(f"{out}-{split}.json: {len(paragraphs):,} questions")
 
 
+def write_glosses(out: str) -> None:
+    found: dict[str, set[str]] = {}
+    for line in Path(WORDNET).read_text(encoding="utf-8").splitlines():
+        entry, bar, gloss = line.partition(" | ")
+        number = entry.split()[1:2]
+        if bar and int(number[0]) in KINDS:
+            found.setdefault(gloss.split('; "')[0].strip(), set()).add(KINDS[int(number[0])])
+    of_kind: dict[str, list[str]] = {kind: [] for kind in KINDS.values()}
+    for gloss, kinds in sorted(found.items()):
+        if len(kinds) == 1:
+            of_kind[min(kinds)].append(gloss)
+    rows = [
+        (gloss, kind) for kind, every in of_kind.items() for gloss in every[:: -(-len(every) // OF_A_KIND)]
+    ]
+    with Path(f"{out}.tsv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([("gloss", "kind"), *rows])
+    print(f"{out}.tsv: {len(rows):,} glosses of {len(of_kind)} kinds")
+
+
 def write_papers(out: str) -> None:
     folder = fetch(ACLSUM) / "aclsum" / "dataset"
     for split, file in (("train", "train"), ("validation", "val"), ("test", "test")):
@@ -114,7 +164,12 @@ def write_papers(out: str) -> None:
 
 
 if __name__ == "__main__":
-    makers = {"verses": write_verses, "cloze": write_cloze, "papers": write_papers}
+    makers = {
+        "verses": write_verses,
+        "cloze": write_cloze,
+        "glosses": write_glosses,
+        "papers": write_papers,
+    }
     if len(sys.argv) != 3 or sys.argv[1] not in makers:
         raise SystemExit(__doc__)
     makers[sys.argv[1]](sys.argv[2])
