@@ -62,6 +62,7 @@ def test_a_run_is_written_whole(home: Path, capfd: pytest.CaptureFixture[str]) -
         for step in range(1500):
             tracker.metrics({"train_loss": 1 / (step + 1), "gradient": 0.5}, step)
         tracker.metrics({"broken": math.inf, "empty": math.nan}, 1500)
+        tracker.metrics({"loss": 0.42441662513226036, "passes": 12_345_678}, 1501)
         tracker.artifact(picture, "plots")
         tracker.tags({"words": "two"})
     assert capfd.readouterr() == ("", "")
@@ -73,6 +74,10 @@ def test_a_run_is_written_whole(home: Path, capfd: pytest.CaptureFixture[str]) -
     assert rows(home, "select count(*), max(step) from metrics where key = 'train_loss'") == [(1500, 1499)]
     assert rows(home, "select value from metrics where key = 'train_loss' and step = 4") == [(0.2,)]
     assert rows(home, "select key, is_nan from metrics where step = 1500") == [("broken", 1), ("empty", 1)]
+    assert rows(home, "select value from metrics where step = 1501 order by key") == [
+        (0.424417,),
+        (12_345_678,),
+    ]
     params = dict(rows(home, "select key, value from params"))
     assert params["seed"] == "3"
     assert params["finetune.optimizer"] == "spsa"

@@ -48,12 +48,13 @@ class Tracker:
     def metrics(self, values: Mapping[str, float], forward_passes: int) -> None:
         """Figures measured after so many forward passes (MLflow's step).
 
-        They are kept here and sent every ``FLUSH_SECONDS``. What is not finite is noted as NaN: MLflow would
-        write infinity as 1.8e308, and no chart would show anything else.
+        They are kept here and sent every ``FLUSH_SECONDS``, to six digits: a table shows what fits, and files
+        have the rest. What is not finite is noted as NaN: MLflow would write infinity as 1.8e308, and no chart
+        would show anything else.
         """
         now = milliseconds()
         for key, value in values.items():
-            self._metrics.append((key, value if math.isfinite(value) else math.nan, now, forward_passes))
+            self._metrics.append((key, _short(value), now, forward_passes))
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 
@@ -75,6 +76,12 @@ class Tracker:
             self._send({"do": "log", "metrics": self._metrics})
         self._metrics = []
         self._flushed = time.monotonic()
+
+
+def _short(value: float) -> float:
+    if not math.isfinite(value):
+        return math.nan
+    return value if float(value).is_integer() else float(f"{value:.6g}")
 
 
 @contextmanager
