@@ -48,9 +48,9 @@ class Tracker:
     def metrics(self, values: Mapping[str, float], forward_passes: int) -> None:
         """Figures measured after so many forward passes (MLflow's step).
 
-        They are kept here and sent every ``FLUSH_SECONDS``, to six digits: a table shows what fits, and files
-        have the rest. What is not finite is noted as NaN: MLflow would write infinity as 1.8e308, and no chart
-        would show anything else.
+        They are kept here and sent every ``FLUSH_SECONDS``, to six digits: a table shows what fits, files
+        have the rest. What is not finite is noted as NaN: MLflow would write infinity as 1.8e308, and no
+        chart would show anything else.
         """
         now = milliseconds()
         for key, value in values.items():
