@@ -60,10 +60,8 @@ KINDS = {  # the numbers of WordNet's files of nouns, but for the most general o
 }
 OF_A_KIND = 400
 CONTEXT = 2  # verses to both sides
-WRITTEN = {
-    "validation": 100,
-    "test": 200,
-}  # verses that are translated to measure: each is written, word by word
+# verses that are translated to measure, at most: each is written, word by word
+WRITTEN = {"validation": 100, "test": 200}
 
 
 def verses(module: str) -> dict[tuple[str, int, int], str]:
