@@ -63,7 +63,7 @@ def _layout() -> Layout:
     atexit.register(folder.cleanup)
     layout, chosen = Layout(Path(folder.name)), example("float32", "cpu")
     prepare(chosen, layout)
-    pass_through(chosen.model, layout.pretrained)
+    pass_through(chosen.model, layout.pretrained, 0)
     return layout
 
 

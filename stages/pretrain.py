@@ -7,8 +7,10 @@ from pathlib import Path
 
 from pipeline import phases, start
 from pipeline.measuring.evaluation import measure
+from pipeline.models.fresh import is_fresh
 from pipeline.models.loading import make_plain, pass_through
 from pipeline.models.quantized import FORMATS
+from pipeline.noise import derive
 from pipeline.stage import Context, fresh_folder, script, write_metrics
 from pipeline.tasks.base import Start
 from pipeline.tasks.language_modelling import target_size
@@ -25,7 +27,7 @@ def pretrain(context: Context) -> dict[str, float]:
     with fresh_folder(layout.pretrained, resume=context.resume) as folder:
         if not config.pretrain.enabled:
             context.write_curve("pretrain", [])
-            pass_through(config.model, folder)
+            pass_through(config.model, folder, derive(config.seed, 6))
             write_metrics(folder / "metrics.json", {})
             return {}
         metrics = _pretrain(context, folder)
@@ -59,7 +61,8 @@ def _pretrain(context: Context, folder: Path) -> dict[str, float]:
             say=context.say,
         )
     context.write_curve("pretrain", result.curve)
-    if training.space.backend == "lora" and config.dtype not in FORMATS:  # its base is not what was trained
+    # else its base is not what was trained, or is nowhere
+    if training.space.backend == "lora" and config.dtype not in FORMATS and not is_fresh(config.model):
         begin.model.save_adapter(folder / "adapter", config.model, training.space.options["rank"])
     make_plain(begin.model.encoder)
     begin.model.save(folder, begin.tokenizer)

@@ -443,14 +443,14 @@ def test_a_model_passes_through_with_the_head_it_was_trained_with(
 ) -> None:
     for family in ("bert", "llama"):
         kind = "mlm" if family == "bert" else "clm"
-        pass_through(str(folder_of[family]), tmp_path / family)
+        pass_through(str(folder_of[family]), tmp_path / family, 0)
         assert has_language_head(str(tmp_path / family))
         before = load_language_model(str(folder_of[family]), kind, 0).state_dict()
         after = load_language_model(str(tmp_path / family), kind, 1).state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
     load_encoder(str(folder_of["bert"])).save_pretrained(tmp_path / "headless")
     load_tokenizer(str(folder_of["bert"])).save_pretrained(tmp_path / "headless")
-    pass_through(str(tmp_path / "headless"), tmp_path / "passed")
+    pass_through(str(tmp_path / "headless"), tmp_path / "passed", 0)
     assert not has_language_head(str(tmp_path / "passed"))
 
 

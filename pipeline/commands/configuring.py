@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.models.fresh import PREFIX, is_fresh
+
 if TYPE_CHECKING:
     from pipeline.config import Config
 
@@ -71,5 +73,6 @@ def _absolute_code(config: Config) -> Config:
 
 def absolute(source: str) -> str:
     """Files are meant from where the user stands; runs live elsewhere."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
+    prefix = PREFIX if is_fresh(source) else ""
+    path = Path(source.removeprefix(prefix)).expanduser()
+    return f"{prefix}{path.resolve()}" if path.exists() else source

@@ -209,7 +209,7 @@ class Config:
     # the linear layers below the head are held and stay as they are. A task's head is float32.
     dtype: str = "float32"
     # The model to start from: package:NAME, a local directory, a GGUF file, a LoRA adapter's directory, or a
-    # hub id.
+    # hub id; with fresh: before it only its config.json and tokenizer are taken, and its weights are drawn.
     model: str = "package:minilm"
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models import loading
+from pipeline.models import fresh, loading
 from pipeline.models.unpacked import made_once
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def check(folder: Path) -> None:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}: adapters are read from safetensors only")
     try:
+        if fresh.is_fresh(_base(folder)):
+            raise UserError("a fresh model is another one in every run")
         loading.check(_base(folder))
     except UserError as error:
         raise UserError(f"the base of the adapter {folder}: {error}; {CONFIG} names it") from error
@@ -130,7 +132,7 @@ def _merge(folder: Path, base: str, out: Path) -> None:
     from peft import LoraConfig, PeftModel
     from safetensors.torch import load_file
 
-    model = loading.load_as_trained(base)
+    model = loading.load_as_trained(base, 0)
     root = _adapted(model, folder, base)
     given = {key.removeprefix(_PREFIX): value for key, value in load_file(folder / WEIGHTS).items()}
     _check_ties(folder, root.state_dict(), given)

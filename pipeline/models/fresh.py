@@ -1,0 +1,70 @@
+"""Models that start from nothing: a configuration, and weights drawn from the run's seed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+PREFIX = "fresh:"
+
+
+def is_fresh(reference: str) -> bool:
+    """Whether only the configuration and the tokenizer that ``reference`` names are taken."""
+    return reference.startswith(PREFIX)
+
+
+def described_in(reference: str) -> str:
+    """Where configuration and tokenizer lie, of a fresh model; of another, where all of it lies."""
+    return reference.removeprefix(PREFIX)
+
+
+def named_by_type(config: Any) -> list[str]:
+    """The architecture that a configuration without ``architectures`` means: a language model.
+
+    Empty where its type has none.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds = [auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    if config.is_encoder_decoder:
+        kinds = [auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES]
+    return [kind[config.model_type] for kind in kinds if config.model_type in kind][:1]
+
+
+def drawn(
+    auto: Any, reference: str, config: Any, seed: int, dtype: torch.dtype | str, **options: Any
+) -> PreTrainedModel:
+    """A model of one of transformers' ``AutoModel…`` from ``config``, drawn from ``seed`` on the CPU.
+
+    Raises:
+        UserError: the vocabulary is too small for the tokenizer beside the configuration.
+    """
+    import torch
+
+    _check_vocabulary(reference, config)
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, **options)
+    return model
+
+
+def _check_vocabulary(reference: str, config: Any) -> None:
+    """Raises UserError where a token would have no embedding: what is made by hand need not fit."""
+    from pipeline.models.loading import load_tokenizer
+
+    size = getattr(config, "vocab_size", None)
+    if size is None:  # it reads no text
+        return
+    tokens = len(load_tokenizer(reference))
+    if tokens > size:
+        raise UserError(
+            f"{reference}: its tokenizer has {tokens:,} tokens and config.json a vocab_size of {size:,}; "
+            f"set vocab_size to {tokens} or more"
+        )
