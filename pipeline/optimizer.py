@@ -84,9 +84,9 @@ Candidate = Seeded | Explicit
 class Problem:
     """What an optimizer is told about what it searches; it never sees the model.
 
-    ``size`` is the number of coordinates d; ``space`` its kind (``full``, ``biases``, ``head``, ``lora``,
-    ``projection``, ``prompt``); ``forward_passes`` the whole budget; ``run_seed`` the experiment's seed;
-    ``device`` is where coordinates live and where the optimizer should keep large tensors.
+    ``size`` is the number of coordinates d; ``space`` its kind (``full``, ``biases``, ``norms``, ``head``,
+    ``lora``, ``projection``, ``prompt``); ``forward_passes`` the whole budget; ``run_seed`` the experiment's
+    seed; ``device`` is where coordinates live and where the optimizer should keep large tensors.
     """
 
     size: int

@@ -24,7 +24,15 @@ from pipeline.tasks.classification import TextClassifier
 from pipeline.tasks.language_modelling import CorpusData, LanguageModel
 from tests.conftest import sentences
 
-SPACES = ["full", "biases", "head", "lora,rank=2", "projection,dimension=50", "full,encoder_scale=0.1"]
+SPACES = [
+    "full",
+    "biases",
+    "norms",
+    "head",
+    "lora,rank=2",
+    "projection,dimension=50",
+    "full,encoder_scale=0.1",
+]
 
 
 def language_model(folder: Path, task: str, dtype: str = "float32") -> tuple[LanguageModel, Batch]:
@@ -140,12 +148,12 @@ def test_every_candidate_scores_as_its_weights_do_when_written(
     expected = [reference(model, space, candidate, batch) for candidate in candidates]
     assert losses == pytest.approx(expected, rel=2e-5)
     # where there are no matrices, a low-rank direction is a direction like others
-    assert len({round(loss, 6) for loss in losses}) >= len(candidates) - (text == "biases")
+    assert len({round(loss, 6) for loss in losses}) >= len(candidates) - (text in ("biases", "norms"))
 
 
 # Llama has no biases
-SHARING = [(f, s) for f in ("bert", "gpt2", "classifier") for s in ("full", "lora,rank=2", "biases")]
-SHARING += [("llama", "full"), ("llama", "lora,rank=2")]
+SHARING = [(f, s) for f in ("bert", "gpt2", "classifier") for s in ("full", "lora,rank=2", "biases", "norms")]
+SHARING += [("llama", "full"), ("llama", "lora,rank=2"), ("llama", "norms")]
 
 
 @pytest.mark.parametrize(("family", "text"), SHARING)

@@ -30,7 +30,7 @@ from tests.test_engine import classifier, language_model, searched
 from tests.test_training import run
 
 NAMES = sorted(FORMATS)
-SPACES = ["lora,rank=2", "biases", "prompt,tokens=2,dimension=20"]
+SPACES = ["lora,rank=2", "norms", "biases", "prompt,tokens=2,dimension=20"]
 # Llama's layers have no bias
 CASES = [
     (f, s) for f in ("classifier", "bert", "gpt2", "llama") for s in SPACES if (f, s) != ("llama", "biases")

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.noise import direction
 from pipeline.objective import cross_entropy
 from pipeline.optimizer import Explicit, LowRank, Move, Seeded
-from tests.test_engine import classifier, searched
+from tests.test_engine import classifier, language_model, searched
 
 CPU = torch.device("cpu")
 
@@ -27,6 +27,17 @@ def test_spaces_nest(bert: Path) -> None:
     assert sizes["head"] < sizes["biases"] < sizes["full"]
     model, _ = classifier(bert)
     assert sizes["full"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_norms_are_found_by_what_they_are(folder_of: dict[str, Path]) -> None:
+    model, _ = classifier(folder_of["bert"])
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    head = sum(parameter.numel() for parameter in model.head_parameters())
+    assert searched("norms", model).size == head + sum(2 * 32 for _ in layers)
+    llama = language_model(folder_of["llama"], "clm")[0]
+    names = {tensor.name for tensor in searched("norms", llama).tensors if tensor.parameter.ndim == 1}
+    assert names == {name for name, _ in llama.named_parameters() if "norm" in name}
+    assert len(names) == 5  # two a layer, and the last
 
 
 def test_lora_starts_where_the_model_is(bert: Path) -> None:

@@ -56,7 +56,7 @@ class TrainConfig:
     # names are cross_entropy, error, squared_error, margin, cosine, f1, kl, and scores of texts such as chrf
     # or length: see docs/plugins.md.
     objective: str = "cross_entropy"
-    # What is searched: full, biases, head, lora[,rank=8], projection[,dimension=1000],
+    # What is searched: full, biases, norms, head, lora[,rank=8], projection[,dimension=1000],
     # prompt[,tokens=10,dimension=500].
     space: str = "head"
     # The budget, in forward passes of the model over one batch.

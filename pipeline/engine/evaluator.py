@@ -226,7 +226,8 @@ class BatchEvaluator:
         if not self._engine.space.elementwise:
             raise UserError(
                 f"the space '{self._engine.space.kind}' has coordinates other than the weights' elements, "
-                "which this method writes to: leave out encoder_scale, or choose full, biases, head or lora"
+                "which this method writes to: leave out encoder_scale, or choose full, biases, norms, head "
+                "or lora"
             )
         half = [s.parameter.dtype for s in self._engine.space.tensors if s.parameter.dtype != torch.float32]
         if half:

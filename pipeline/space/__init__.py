@@ -2,6 +2,7 @@
 
 ``full``        every parameter
 ``biases``      every bias, and the head (BitFit, Ben Zaken et al. 2022)
+``norms``       scales and shifts of the layers that normalise, and the head (Qi et al. 2022)
 ``head``        what sits on top of the encoder
 ``lora``        low-rank factors on every linear layer of the encoder, and the head (Hu et al. 2022)
 ``projection``  a random subspace of ``full``: each parameter follows one of k coordinates, with a random

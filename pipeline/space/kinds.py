@@ -19,6 +19,7 @@ from pipeline.tasks.base import TaskModel
 OPTIONS: dict[str, dict[str, int | float]] = {
     "full": {"encoder_scale": 1.0},
     "biases": {"encoder_scale": 1.0},
+    "norms": {"encoder_scale": 1.0},
     "head": {},
     "lora": {"rank": 8, "encoder_scale": 1.0},
     "projection": {"dimension": 1000},
@@ -64,7 +65,7 @@ def check_held(spec: Spec, coded: bool) -> None:
     if coded and spec.backend in _EVERY_WEIGHT:
         raise Unsuitable(
             f"the space '{spec.backend}' moves every weight, and int8 and int4 hold them as they are: "
-            "choose the space lora, biases, prompt or head, or set dtype=float32"
+            "choose the space lora, norms, biases, prompt or head, or set dtype=float32"
         )
 
 
@@ -108,13 +109,22 @@ def _of_prompt(spec: Spec, model: TaskModel, seed: int) -> Space:
 
 def _searched(model: TaskModel, kind: str, encoder_scale: float) -> Iterator[tuple[str, nn.Parameter, float]]:
     head = {id(parameter) for parameter in model.head_parameters()}
+    norms = {id(parameter) for parameter in _of_norms(model)} if kind == "norms" else set()
     for name, parameter in model.named_parameters():
         wanted = (
             kind == "full"
             or (kind != "prompt" and id(parameter) in head)
             or (kind == "biases" and name.endswith("bias"))
+            or id(parameter) in norms
             or (kind == "lora" and ".lora_" in name)
             or (kind == "prompt" and name.endswith(f"{NAME}.vectors"))
         )
         if wanted and parameter.is_floating_point():
             yield name, parameter, 1.0 if id(parameter) in head else encoder_scale
+
+
+def _of_norms(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Scales and shifts of the layers that normalise: LayerNorm, RMSNorm, whatever a model calls its own."""
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            yield from module.parameters(recurse=False)

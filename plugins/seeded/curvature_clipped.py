@@ -21,6 +21,7 @@ class CurvatureClipped(SeededOptimizer):
     DEFAULTS: ClassVar = {
         "head": Settings(1e-2, 4e-3, 8),
         "biases": Settings(1e-2, 1e-3, 4),
+        "norms": Settings(1e-2, 1e-3, 4),
         "lora": Settings(1e-2, 1e-3, 4),
         "full": Settings(1e-3, 1e-5, 4),
         "projection": Settings(1e-1, 1e-1, 4),

@@ -46,6 +46,7 @@ class Evolution(SeededOptimizer):
     DEFAULTS: ClassVar = {
         "head": Settings(1e-2, 5e-3, 4),
         "biases": Settings(1e-2, 2e-3, 8),
+        "norms": Settings(1e-2, 2e-3, 8),
         "lora": Settings(1e-2, 2e-3, 8),
         "full": Settings(1e-3, 1e-4, 8),
         "projection": Settings(1e-1, 2e-2, 8),

@@ -22,6 +22,7 @@ class OneSided(SeededOptimizer):
     DEFAULTS: ClassVar = {
         "head": Settings(1e-2, 2e-3, 8),
         "biases": Settings(1e-2, 1e-3, 8),
+        "norms": Settings(1e-2, 1e-3, 8),
         "lora": Settings(1e-2, 1e-3, 8),
         "full": Settings(1e-3, 5e-5, 8),
         "projection": Settings(1e-1, 1e-2, 8),
