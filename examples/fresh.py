@@ -1,6 +1,6 @@
 """Makes what a fresh language model is drawn from: a configuration, and a tokenizer learnt from the text.
 
-    python examples/fresh.py gpt2 OUT    a GPT-2 of two layers of 64, 236,800 parameters
+    python examples/fresh.py gpt2 OUT    a GPT-2 of two layers of 64, 236,288 parameters
     python examples/fresh.py bert OUT    a BERT like it
 
 Both have 2,000 tokens, learnt from the State of the Union addresses (public domain). `--model fresh:OUT`

@@ -13,7 +13,7 @@ from pipeline.engine.evaluator import NO_GRADIENT
 from pipeline.entry_points import load
 from pipeline.errors import UserError
 from pipeline.layout import Layout
-from pipeline.models import quantized
+from pipeline.models import fresh, quantized
 from pipeline.models.loading import choose_device, locate, self_supervised_task
 from pipeline.noise import derive
 from pipeline.registry import Spec
@@ -103,7 +103,7 @@ def training(options: TrainConfig, config: Config, patience: int = 0) -> Trainin
         patience=patience,
         objective=chosen,
         provenance=config.to_dict(),
-        code=user_code.digests(options.objective, _named_task(config, stage)),
+        code=user_code.digests(options.objective, _named_task(config, stage)) | fresh.digests(config.model),
         defaults={key: value for key, value in offered.items() if value is not None},
     )
 

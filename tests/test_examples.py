@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pipeline import config
+from pipeline.commands import configuring
 from pipeline.models.fresh import PREFIX
 from pipeline.user_code import absolute
 from tests.test_cli import ROOT, pipeline
@@ -36,7 +37,8 @@ def test_an_example_passes_all_checks_that_come_before_a_run(path: Path, tmp_pat
     done = pipeline("run", "--config", str(path), "--dry-run", home=tmp_path)
     assert done.returncode == 0, done.stderr
     with chdir(tmp_path):
-        meant = config.updated(read, {"prepare.task": absolute(prepare.task)}, source="test")
+        own = {"prepare.task": absolute(prepare.task), "model": configuring.absolute(read.model)}
+        meant = config.updated(read, own, source="test")
     assert config.build(yaml.safe_load(done.stdout), source="plan") == meant
 
 

@@ -14,13 +14,15 @@ from pipeline.errors import UserError
 from pipeline.models.loading import (
     check,
     load_as_trained,
+    load_encoder,
     load_language_model,
     load_tokenizer,
     locate,
     writes_as,
 )
+from pipeline.noise import derive
 from tests.conftest import sentences
-from tests.test_cli import pipeline
+from tests.test_cli import kill_within, pipeline
 
 
 def described(folder: Path, out: Path) -> Path:
@@ -121,8 +123,58 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_missing_are_not_drawn_unasked(gpt2: Path, tmp_path: Path) -> None:
+    folder = described(gpt2, tmp_path / "described")
+    with pytest.raises(UserError, match=rf"no weights in safetensors.*fresh:{folder} as the model draws new"):
+        check(str(folder))
     with pytest.raises(UserError, match="cannot load the model"):
-        load_language_model(str(described(gpt2, tmp_path / "described")), "clm", 0)
+        load_language_model(str(folder), "clm", 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "said"),
+    [
+        ("gpt2", {"n_embd": "8"}, r"config\.json: .*n_embd.*expected int"),
+        ("gpt2", {"n_head": 0}, "division|modulo"),
+        ("llama", {"pad_token_id": 500}, "within num_embeddings"),
+        ("gpt2", {"dtype": "float31"}, "float31"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_one_line(
+    folder_of: dict[str, Path], family: str, values: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    folder = described(folder_of[family], tmp_path / "described")
+    edit(folder, **values)
+    with pytest.raises(UserError, match=said) as caught:
+        load_as_trained(locate(f"fresh:{folder}"), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_pad_is_one_line(gpt2: Path, tmp_path: Path) -> None:
+    folder = described(gpt2, tmp_path / "described")
+    file = folder / "tokenizer_config.json"
+    known = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({key: value for key, value in known.items() if key != "eos_token"}))
+    with pytest.raises(UserError, match="has no token to pad with"):
+        load_tokenizer(f"fresh:{folder}")
+
+
+def test_a_fresh_encoder_needs_a_seed(bert: Path) -> None:
+    with pytest.raises(UserError, match="drawn from a seed"):
+        load_encoder(f"fresh:{bert}")
+
+
+def test_a_run_whose_configuration_was_edited_does_not_go_on(gpt2: Path, tmp_path: Path) -> None:
+    """Over norms, which start alike whatever the weights are: their own digest tells nothing."""
+    folder = described(gpt2, tmp_path / "gpt")
+    (tmp_path / "corpus.txt").write_text("\n".join(sentences(200)[0]), encoding="utf-8")
+    arguments = ["run", "--task", "none", "--model", "fresh:gpt", "-S", "prepare.corpus=[corpus.txt]"]
+    arguments += ["-S", "prepare.corpus_validation_size=40", "-S", "pretrain.space=norms", "--name", "mine"]
+    arguments += ["-S", "pretrain.evaluate_every=8", "-S", "pretrain.forward_passes=100000"]
+    kill_within(tmp_path / "runs" / "mine" / "models" / ".pretrained.partial", arguments, tmp_path)
+    edit(folder, initializer_range=0.5)
+    done = pipeline("run", "--resume", "mine", home=tmp_path)
+    assert done.returncode == 2
+    assert "config.json was changed since the run began" in done.stderr
 
 
 def test_an_adapter_of_a_fresh_base_is_refused(tmp_path: Path) -> None:
@@ -159,8 +211,9 @@ def test_pretraining_from_nothing_repeats_and_replays(gpt2: Path, space: str, tm
     assert "pretrain/bits_per_byte" in json.loads((runs / "a" / "metrics.json").read_text(encoding="utf-8"))
 
 
-def test_a_fresh_model_can_go_to_the_task_as_it_is(bert: Path, table: Path, tmp_path: Path) -> None:
-    """By the same seed it is the one that pretraining would have begun with."""
+def test_a_fresh_model_goes_to_the_task_as_pretraining_would_have_begun(
+    bert: Path, table: Path, tmp_path: Path
+) -> None:
     described(bert, tmp_path / "bert")
     done = pipeline(
         *("run", "--model", "fresh:bert", "--train", str(table), "--text", "review", "--label", "verdict"),
@@ -171,3 +224,14 @@ def test_a_fresh_model_can_go_to_the_task_as_it_is(bert: Path, table: Path, tmp_
     )
     assert done.returncode == 0, done.stderr
     assert "identical" in pipeline("replay", "mine", home=tmp_path).stdout
+    saved = load_file(tmp_path / "runs" / "mine" / "models" / "pretrained" / "model.safetensors")
+    begun = load_language_model(f"fresh:{bert}", "mlm", derive(3, 6)).state_dict()
+    assert all(torch.equal(begun[name], value) for name, value in saved.items())
+
+
+def test_a_model_in_a_file_of_parameters_is_meant_from_where_it_was_read(gpt2: Path, tmp_path: Path) -> None:
+    described(gpt2, tmp_path / "gpt")
+    (tmp_path / "mine.yaml").write_text("model: fresh:./gpt\nprepare: {task: none}\n", encoding="utf-8")
+    done = pipeline("run", "--config", "mine.yaml", "--dry-run", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"model: fresh:{tmp_path / 'gpt'}" in done.stdout

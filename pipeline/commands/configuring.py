@@ -53,17 +53,18 @@ def configure(
         from pipeline.tuned import check
 
         check(chosen, find(tuned).tuned)
-    return _absolute_code(chosen)
+    return _absolute_files(chosen)
 
 
-def _absolute_code(config: Config) -> Config:
-    """The user's own files, too, are meant from where the user stands."""
+def _absolute_files(config: Config) -> Config:
+    """The user's own code, and the model of a file of parameters, are meant from here too."""
     from pipeline import config as configuration
     from pipeline import user_code
 
     named = ("prepare.task", "pretrain.task", "pretrain.objective", "finetune.objective")
     known = config.flat()
     values: dict[str, Any] = {key: user_code.absolute(known[key]) for key in named}
+    values["model"] = absolute(config.model)
     values["finetune.then"] = [
         {**each, **({"objective": user_code.absolute(each["objective"])} if "objective" in each else {})}
         for each in config.finetune.then

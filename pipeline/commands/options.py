@@ -12,7 +12,10 @@ Set = Annotated[
     typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Set a parameter; may be repeated."),
 ]
 Model = Annotated[
-    str | None, typer.Option(metavar="DIR|ID", help="Model directory, GGUF file, hub id or package:NAME.")
+    str | None,
+    typer.Option(
+        metavar="DIR|ID", help="Model directory, GGUF file, hub id or package:NAME; fresh:… for new weights."
+    ),
 ]
 ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters; else params.yaml.")]
 Task = Annotated[

@@ -15,6 +15,7 @@ from pipeline.config import SCALES, YARDSTICK, Config, TuneConfig
 from pipeline.data.prepare import check_unchanged, digests
 from pipeline.errors import UserError
 from pipeline.layout import Layout
+from pipeline.models import fresh
 from pipeline.registry import Spec
 from pipeline.runs import slug
 from pipeline.tuned import applied
@@ -117,6 +118,7 @@ class Plan:
         if any(getattr(self.config.finetune, key) is not None for key in SCALES):
             own["scales of"] = self.config.finetune.optimizer  # older plans gave them to all methods
         code = user_code.digests(self.config.prepare.task, self.config.finetune.objective)
+        code |= fresh.digests(self.config.model)
         return own | dict(zip(FILES, (digests(self.config), code), strict=True))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
@@ -23,6 +25,15 @@ def described_in(reference: str) -> str:
     return reference.removeprefix(PREFIX)
 
 
+def digests(reference: str) -> dict[str, str]:
+    """SHA-256 by path of what a directory's fresh model is drawn from, which people edit; else empty."""
+    folder = Path(described_in(reference))
+    if not is_fresh(reference) or not folder.is_dir():
+        return {}
+    files = sorted(file for pattern in ("*.json", "*.txt", "*.model") for file in folder.glob(pattern))
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def named_by_type(config: Any) -> list[str]:
     """The architecture that a configuration without ``architectures`` means: a language model.
 
@@ -42,7 +53,7 @@ def drawn(
     """A model of one of transformers' ``AutoModel…`` from ``config``, drawn from ``seed`` on the CPU.
 
     Raises:
-        UserError: the vocabulary is too small for the tokenizer beside the configuration.
+        UserError: a configuration that is none of a model, or too few tokens for the tokenizer beside it.
     """
     import torch
 

@@ -30,6 +30,9 @@ DTYPES: dict[str, torch.dtype | str] = {
     **dict.fromkeys(quantized.FORMATS, "auto"),
 }
 
+# what a model's class raises for values of its configuration that make no sense together
+_OF_VALUES = (ZeroDivisionError, AssertionError, AttributeError, TypeError)
+
 
 def choose_device(name: str) -> torch.device:
     """``auto`` is the first of CUDA, MPS and CPU that is there.
@@ -121,20 +124,29 @@ def check(reference: str) -> None:
             raise UserError(f"{path} holds no model: it has no config.json")
         elif not drawn and not any(path.glob("*.safetensors")):
             raise UserError(
-                f"{path} has no weights in safetensors, the only form that is loaded; to start from weights "
-                f"drawn by the seed, write {fresh.PREFIX}{reference}"
+                f"{path} has no weights in safetensors, the only form that is loaded; `pipeline replay` "
+                f"rebuilds those of a run, and {fresh.PREFIX}{reference} as the model draws new ones"
             )
     elif path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise UserError(f"no model directory at {reference}")
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a model, with a padding token."""
+    """The fast tokenizer of a model, with a padding token.
+
+    Raises:
+        UserError: there is none, or it has no token to pad with.
+    """
     from transformers import AutoTokenizer
 
     with loading(location):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(fresh.described_in(location))
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"the tokenizer of {fresh.described_in(location)} has no token to pad with; name a "
+                "pad_token or an eos_token in its tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -150,7 +162,7 @@ def load_config(location: str) -> Any:
     return config
 
 
-def load_encoder(location: str, dtype: str = "float32", seed: int = 0) -> PreTrainedModel:
+def load_encoder(location: str, dtype: str = "float32", seed: int | None = None) -> PreTrainedModel:
     """The model without a head, in eval mode, with the prompt that `save_model` left beside it.
 
     ``dtype`` is a name that `choose_dtype` knows; a fresh model is drawn from ``seed``.
@@ -165,6 +177,8 @@ def load_encoder(location: str, dtype: str = "float32", seed: int = 0) -> PreTra
         if built and "add_pooling_layer" in inspect.signature(built).parameters:
             options["add_pooling_layer"] = False
         if fresh.is_fresh(location):
+            if seed is None:
+                raise UserError(f"{location} is drawn from a seed, and load_encoder was given none")
             return _held(
                 fresh.drawn(AutoModel, location, config, seed, choose_dtype(dtype), **options), dtype
             )
@@ -306,6 +320,7 @@ def writes_as(location: str) -> str | None:
 @contextmanager
 def loading(location: str) -> Iterator[None]:
     """Loads without the library's progress bars and reports; its errors become one line."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -314,7 +329,9 @@ def loading(location: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except StrictDataclassError as error:  # says what on its second line
+        raise UserError(f"{location}: config.json: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, *_OF_VALUES) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         offline = (
             " (no such directory here, and the hub was not reached)"

@@ -10,7 +10,7 @@
 ``prompt``      a random subspace of a soft prompt, vectors read before each text (black-box tuning, Sun et
                 al. 2022), or with ``dimension=0`` its elements; nothing else, not the head either
 
-In the first four, coordinates are the parameters' own elements, one tensor after another. With
+In the first five, coordinates are the parameters' own elements, one tensor after another. With
 ``encoder_scale=s`` a coordinate of the encoder moves its element by s: a fresh head can then learn at its own
 pace without shaking what is already trained under it (discriminative rates: Howard & Ruder 2018). In
 ``prompt`` a coordinate moves its elements by s standard deviations of the words' embeddings, in either form.

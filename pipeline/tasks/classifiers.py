@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.models.fresh import is_fresh
 from pipeline.models.loading import (
     has_language_head,
     load_config,
@@ -85,7 +86,7 @@ def _prompted(config: Config, location: str, rows: DatasetDict, tokenizer: PreTr
             f"{config.model} completes no template: it takes a decoder, or an encoder with a mask token; "
             "leave out finetune.template"
         )
-    if not has_language_head(location):
+    if not has_language_head(location) or (is_fresh(config.model) and not config.pretrain.enabled):
         warnings.warn(
             f"{config.model} comes without a trained language-modelling head: what it says of a template "
             "is noise until it is trained",

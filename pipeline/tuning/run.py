@@ -16,6 +16,7 @@ from pipeline import user_code
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.layout import Layout
+from pipeline.models import fresh
 from pipeline.stage import Context
 from pipeline.tuning.report import line, write_report
 from pipeline.tuning.search import assignments, first_guess, values_of
@@ -72,7 +73,7 @@ def digest(config: Config, layout: Layout) -> str:
     """Twelve hex digits of everything a trial's result hangs on."""
     values = {key: value for key, value in config.flat().items() if key not in _FREE}
     values = {key: value for key, value in values.items() if not key.startswith("evaluate.")}
-    values |= user_code.digests(config.prepare.task, config.finetune.objective)
+    values |= user_code.digests(config.prepare.task, config.finetune.objective) | fresh.digests(config.model)
     said = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path in (layout.prepared / "card.json", *sorted(layout.pretrained.glob("*.safetensors"))):
         if path.is_file():

@@ -80,7 +80,10 @@ class SeededOptimizer(ABC):
             raise UserError("epsilon, sigma, learning_rate, directions and weight_decay must not be negative")
         if epsilon and epsilon < LEAST_EPSILON:
             raise UserError(f"epsilon and sigma must be at least {LEAST_EPSILON:g}, not {epsilon:g}")
-        default = self.DEFAULTS[problem.space]
+        # of a plugin that knows fewer spaces
+        default = self.DEFAULTS.get(problem.space)
+        if default is None:
+            raise Unsuitable(f"{type(self).__name__} has no defaults for the space '{problem.space}'")
         self.epsilon = epsilon or default.epsilon
         self.learning_rate = learning_rate or default.learning_rate
         self.directions = directions or default.directions
