@@ -115,9 +115,9 @@ def measured(chosen: Config, layout: Layout, directions: int) -> Chance:
     )
 
 
-def of_space(chosen: Config, space: str, batch: int | None) -> Config:
-    """``chosen`` with another space, its ε the method's own; perhaps with another batch."""
-    values: dict[str, Any] = {"space": space, "epsilon": None}
+def of_space(chosen: Config, space: str, epsilon: float | None, batch: int | None) -> Config:
+    """``chosen`` with another space and ε, None the method's own; perhaps with another batch."""
+    values: dict[str, Any] = {"space": space, "epsilon": epsilon}
     if batch is not None:
         values["batch_size"] = batch
     both = {f"{stage}.{key}": value for stage in ("pretrain", "finetune") for key, value in values.items()}
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("spaces", nargs="*", default=SPACES)
     parser.add_argument("--directions", type=int, default=32)
+    parser.add_argument("--epsilon", type=float, help="of all spaces; else each one's own")
     parser.add_argument("--batch", type=int, help="texts of each of the two batches")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -145,7 +146,8 @@ def main() -> None:
             pass_through(chosen.model, layout.pretrained, derive(chosen.seed, 6))
         for space in arguments.spaces:
             try:
-                row = measured(of_space(chosen, space, arguments.batch), layout, arguments.directions)
+                varied = of_space(chosen, space, arguments.epsilon, arguments.batch)
+                row = measured(varied, layout, arguments.directions)
             except Unsuitable as error:
                 note(f"{space}: {error}")
                 continue
