@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+PHASE = "phase-"  # and a number: what a phase of fine-tuning before the last left, in the last one's folder
 DVC_EXPERIMENT = "DVC_EXP_NAME"  # what DVC tells the stages of an experiment
 
 

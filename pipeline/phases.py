@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline import start
 from pipeline.config import YARDSTICK, Config
 from pipeline.errors import UserError
-from pipeline.layout import Layout, partial
+from pipeline.layout import PHASE, Layout, partial
 from pipeline.models.loading import choose_device, locate, self_supervised_task
 from pipeline.models.quantized import FORMATS
 from pipeline.noise import derive
@@ -151,7 +151,7 @@ def _holder(folder: Path) -> Path | None:
 
 
 def _numbered(root: Path, number: int) -> Path:
-    return root / f"phase-{number}"
+    return root / f"{PHASE}{number}"
 
 
 def _seed(seed: int, number: int) -> int:

@@ -426,6 +426,9 @@ def test_a_model_is_registered_on_request(home: Path) -> None:
             (layout.finetuned / name).write_text("{}")
     assert "holds no weights" in register()[1]
     (layout.finetuned / "model.safetensors").write_bytes(b"weights")
+    for inside in ("phase-1", "adapter"):
+        (layout.finetuned / inside).mkdir()
+        (layout.finetuned / inside / "model.safetensors").write_bytes(b"others")
     assert "no tracked run made" in register()[1]
     ledger.made(layout, "finetune")
     for version in (1, 2):
@@ -439,3 +442,5 @@ def test_a_model_is_registered_on_request(home: Path) -> None:
     assert rows(home, "select name from runs where run_uuid = '" + run + "'") == [("one/finetune",)]
     kept = Path(source.removeprefix("file://"))
     assert (kept / "model.safetensors").read_bytes() == b"weights"
+    assert (kept / "adapter" / "model.safetensors").read_bytes() == b"others"
+    assert not (kept / "phase-1").exists()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.layout import PHASE
 from pipeline.tracking.store import EXPERIMENT, KIND
 
 # What one call of log_batch takes (mlflow.utils.validation).
@@ -64,6 +65,8 @@ class Book:
     def register(self, run: str, folder: Path, model: str) -> str:
         """Keeps ``folder`` with the run and makes it the next version of ``model``; the version.
 
+        The models of earlier phases that lie in it are left out.
+
         Raises:
             Rejected: the store has no such run, or refuses the name.
         """
@@ -77,7 +80,11 @@ class Book:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise Rejected(error.message) from error
-        self._client.log_artifacts(identity, str(folder), MODEL)
+        for each in sorted(folder.iterdir()):
+            if each.is_file():
+                self._client.log_artifact(identity, str(each), MODEL)
+            elif not each.name.startswith(PHASE):
+                self._client.log_artifacts(identity, str(each), f"{MODEL}/{each.name}")
         source = f"{self._client.get_run(identity).info.artifact_uri}/{MODEL}"
         return str(self._client.create_model_version(model, source, identity).version)
 
