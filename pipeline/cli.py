@@ -111,7 +111,9 @@ def run(
         str | None, typer.Option("--from", metavar="STAGE", help="First stage; needs --name.")
     ] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Last stage.")] = None,
-    name: Annotated[str | None, typer.Option(help="The run's folder under runs/.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The run's folder under runs/; without --from a new one.")
+    ] = None,
     tuned: Annotated[
         str | None, typer.Option(metavar="RUN", help="Take what `pipeline tune` found there.")
     ] = None,
@@ -161,7 +163,13 @@ def run(
     if first and first != "prepare" and name is None:
         raise UserError(f"--from {first} goes on with a run: name it with --name")
     runs.preflight(chosen, stages)
+    if forward_passes is not None and chosen.prepare.task == "none":
+        raise UserError(
+            "--forward-passes is fine-tuning's budget, and there is no task: set -S pretrain.forward_passes"
+        )
     layout = Layout(runs.folder(name, chosen, make=not dry_run))
+    if stages[0] == "prepare":
+        runs.refuse_to_replace(layout)
     if dry_run:
         typer.echo(runs.plan(chosen, layout, stages), nl=False)
         return

@@ -63,6 +63,7 @@ def load(kind: str, name: str) -> Any:
     """
     if reference := user_code.Reference.parse(name):
         return user_code.load(kind, reference)
+    user_code.check_named(kind, name)
     by_name: dict[str, list[Plugin]] = {}
     for plugin in installed([kind]):
         by_name.setdefault(plugin.name, []).append(plugin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -30,6 +31,13 @@ def unknown(kind: str, word: str, choices: Iterable[str]) -> UserError:
     if not hint and len(choices) <= 20:
         hint = f"; choose one of {', '.join(choices)}"
     return UserError(f"unknown {kind} '{word}'{hint}")
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether ``error`` comes of a full disk, in Python or in safetensors' own code."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return f"(os error {errno.ENOSPC})" in str(error)
 
 
 def guarded(action: Callable[[], object]) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline import config as configuration
 from pipeline.config import Config, TrainConfig
-from pipeline.errors import UserError, unknown
+from pipeline.errors import UserError, out_of_space, unknown
 from pipeline.layout import Layout, partial, project_root
 from pipeline.stage import ORDER, run
 
@@ -136,6 +136,19 @@ def first_unfinished(layout: Layout, config: Config) -> str | None:
     return None
 
 
+def refuse_to_replace(layout: Layout) -> None:
+    """What was trained is not lost to a name that was used before.
+
+    Raises:
+        UserError: the folder holds a model, or training that was cut off.
+    """
+    if any(path.exists() for stage in ("pretrain", "finetune") for path in layout.outputs(stage)):
+        raise UserError(
+            f"{layout.root} holds a run already, which this would replace: choose another --name, go on with "
+            f"pipeline run --resume {layout.name}, do stages again with --from, or remove the folder"
+        )
+
+
 def execute(
     config: Config,
     layout: Layout,
@@ -179,6 +192,13 @@ def execute(
             "data",
         }:
             shutil.rmtree(layout.root)  # nothing came of it
+        raise
+    except Exception as error:
+        if out_of_space(error):
+            raise UserError(
+                f"no space is left on the disk of {layout.root}: free some, then go on with "
+                f"pipeline run --resume {layout.name}"
+            ) from error
         raise
 
 

@@ -44,7 +44,11 @@ def task(config: Config, stage: str) -> Task:
     with user_code.watched(Reference.parse(name), "when made"):
         made = load("task", name)()
     if not isinstance(made, Task):
-        raise UserError(f"task '{name}' is a {type(made).__name__}, which lacks methods of a Task")
+        lacks = [each for each in ("reads", "start", "load", "yardsticks") if not hasattr(made, each)]
+        raise UserError(
+            f"task '{name}' is a {type(made).__name__}, which lacks {', '.join(lacks)} of a Task: "
+            "see docs/plugins.md"
+        )
     if made.reads != READS[stage]:
         raise UserError(
             f"the task of {stage} is {name}, which reads {made.reads}; it needs one that reads {READS[stage]}"

@@ -40,6 +40,12 @@ class Reference:
         return cls(Path(found["path"]).expanduser(), found["name"]) if found else None
 
 
+def check_named(kind: str, text: str) -> None:
+    """Raises UserError where ``text`` is a Python file and no name in it."""
+    if text.endswith(".py"):
+        raise UserError(f"{kind} '{text}' is a file: write the name in it after a colon, {text}:NAME")
+
+
 def references(text: str) -> list[Reference]:
     """Those in ``text``, which may be a sum of objectives with options."""
     return [Reference(Path(each["path"]).expanduser(), each["name"]) for each in _WITHIN.finditer(text)]

@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import yaml
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from pipeline import config
 from pipeline.cli import app, main
@@ -249,7 +251,7 @@ def test_stages_can_be_run_one_by_one(bert: Path, table: Path, tmp_path: Path) -
     assert "pretrain/loss_after" not in json.loads((run / "metrics.json").read_text())
 
     with FileLock(run / ".lock"):
-        busy = pipeline(*common, *rest, home=tmp_path)
+        busy = pipeline(*common, *rest, "--from", "pretrain", home=tmp_path)
     assert busy.returncode == 2
     assert "another process is at work" in busy.stderr
     assert pipeline(*common, *rest, "--from", "pretrain", "--to", "pretrain", home=tmp_path).returncode == 0
@@ -301,8 +303,11 @@ def test_ctrl_c_says_what_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_without_a_task_every_output_that_dvc_expects_is_there(bert: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(sentences(60)[0]))
+    given = small(bert)
+    at = given.index("--forward-passes")
+    without_a_task = given[:at] + given[at + 2 :]
     options = ["-S", f"prepare.corpus=[{tmp_path / 'text.txt'}]", "-S", "prepare.corpus_validation_size=20"]
-    done = pipeline("run", "--task", "none", "--name", "mine", *options, *small(bert), home=tmp_path)
+    done = pipeline("run", "--task", "none", "--name", "mine", *options, *without_a_task, home=tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "runs" / "mine" / "metrics.json").read_text())
     assert all(key.startswith("pretrain/") for key in metrics)
@@ -409,3 +414,51 @@ def test_a_warning_is_one_line() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "warning: training ends early\n"
+
+
+def test_a_run_is_not_replaced_by_its_name(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], arguments: list[str], tmp_path: Path
+) -> None:
+    """Not a finished one, nor one that was cut off; stages are done again where that is said."""
+    command = [*arguments, "--name", "mine", "--no-baselines"]
+    kill_within(tmp_path / "runs" / "mine" / "models" / ".pretrained.partial", command, tmp_path)
+    left = (tmp_path / "runs" / "mine" / "models" / ".pretrained.partial" / "trajectory.jsonl").read_bytes()
+    for _ in range(2):
+        refused = pipeline(*command, home=tmp_path)
+        assert refused.returncode == 2
+        assert "holds a run already" in refused.stderr
+        assert "--resume mine" in refused.stderr
+    kept = tmp_path / "runs" / "mine" / "models" / ".pretrained.partial" / "trajectory.jsonl"
+    assert kept.read_bytes() == left
+    assert pipeline("run", "--resume", "mine", home=tmp_path).returncode == 0
+    assert "holds a run already" in pipeline(*command, home=tmp_path).stderr
+    again = pipeline(*command, "--from", "finetune", home=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_budget_of_what_is_left_out_is_refused(bert: Path, tmp_path: Path) -> None:
+    refused = pipeline("run", "--task", "none", "--model", str(bert), "--forward-passes", "9", home=tmp_path)
+    assert refused.returncode == 2
+    assert "set -S pretrain.forward_passes" in refused.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(tmp_path / "runs" / "mine")
+
+    def python() -> None:
+        with Path("/dev/full").open("w") as file:
+            file.write("text")
+
+    def safetensors() -> None:  # in its own words, as seen; to /dev/full it would put a file in its place
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for write in (python, safetensors):
+
+        def stage(*_: object, write: Callable[[], None] = write, **__: object) -> None:
+            write()
+
+        monkeypatch.setattr("pipeline.runs.run", stage)
+        with pytest.raises(UserError, match=r"no space is left on the disk of .*mine: .*--resume mine"):
+            execute(Config(), layout, ("prepare",))

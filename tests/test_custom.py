@@ -346,3 +346,30 @@ def test_a_score_of_texts_does_not_suit_a_classifier(
     assert done.returncode == 2
     assert "this task's model writes none" in done.stderr
     assert not (tmp_path / "runs" / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--task", "./mine.py"],
+            "task './mine.py' is a file: write the name in it after a colon, ./mine.py:NAME",
+        ),
+        (["--objective", "./mine.py"], "objective './mine.py' is a file: write the name in it after a colon"),
+        (["--task", "./mine.py:Bare"], "is a Bare, which lacks reads, start, load, yardsticks of a Task"),
+        (["--task", "./mine.py:Rowless"], 'has data = "own" and no method rows(config)'),
+    ],
+)
+def test_what_is_missing_is_named(
+    arguments: list[str], said: str, bert: Path, table: Path, tmp_path: Path
+) -> None:
+    rowless = 'class Rowless(Classification):\n    data = "own"\n'
+    bare = "class Bare:\n    pass\n"
+    written(tmp_path, f"from pipeline.tasks.kinds import Classification\n\n\n{bare}\n\n{rowless}", "mine.py")
+    common = ["--text", "review", "--label", "verdict", *small(bert), "-S", "prepare.corpus=[]"]
+    done = pipeline(
+        "run", "--train", str(table), *arguments, *common, "-S", "pretrain.enabled=false", home=tmp_path
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -235,3 +235,29 @@ def test_a_model_in_a_file_of_parameters_is_meant_from_where_it_was_read(gpt2: P
     done = pipeline("run", "--config", "mine.yaml", "--dry-run", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"model: fresh:{tmp_path / 'gpt'}" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer*"])
+def test_a_tokenizer_that_is_not_there_is_said(gpt2: Path, name: str, tmp_path: Path) -> None:
+    folder = described(gpt2, tmp_path / "described")
+    for file in folder.glob(name):
+        file.unlink()
+    said = "has no tokenizer: tokenizer.json is missing" if "*" in name else r"one of:\s+\S+"
+    with pytest.raises(UserError, match=said) as caught:
+        load_tokenizer(f"fresh:{folder}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_spelt_wrong_is_told(gpt2: Path, tmp_path: Path) -> None:
+    folder = described(gpt2, tmp_path / "described")
+    edit(folder, vocab_size=None, vocab_sz=40)
+    with pytest.warns(UserWarning, match="GPT2Config has no key 'vocab_sz'; did you mean 'vocab_size'?"):
+        load_as_trained(f"fresh:{folder}", 0)
+
+
+def test_what_a_library_wrote_is_spelt_right(
+    folder_of: dict[str, Path], recwarn: pytest.WarningsRecorder
+) -> None:
+    for folder in folder_of.values():
+        load_as_trained(f"fresh:{folder}", 0)
+    assert not [each for each in recwarn if "has no key" in str(each.message)]

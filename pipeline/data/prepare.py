@@ -105,7 +105,12 @@ def _prepare_own(config: Config, layout: Layout) -> dict[str, Any]:
     if config.prepare.shots is not None:
         raise UserError(f"{name} chooses its own rows: prepare.shots does not hold there; set it to null")
     with user_code.watched(user_code.Reference.parse(name), "its rows"):
-        rows = load_plugin("task", name)().rows(config)
+        made = load_plugin("task", name)()
+        if not hasattr(made, "rows"):
+            raise UserError(
+                f'the task {name} has data = "{OWN}" and no method rows(config): see docs/plugins.md'
+            )
+        rows = made.rows(config)
     if not isinstance(rows, DatasetDict):
         raise UserError(f"the task {name} gives a {type(rows).__name__}; it must give a datasets.DatasetDict")
     if set(rows) != {"train", "validation", "test"}:
@@ -137,6 +142,7 @@ def check_sources(config: Config) -> None:
     wanted = config.prepare
     tasks = ["none", *(plugin.name for plugin in installed(["task"]))]
     if wanted.task not in tasks and not Reference.parse(wanted.task):
+        user_code.check_named("task", wanted.task)
         raise unknown("task", wanted.task, tasks)
     for source in _sources(config):
         must_exist(source)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +59,7 @@ def drawn(
     """
     import torch
 
+    _check_keys(reference, config)
     _check_vocabulary(reference, config)
     if dtype == "auto":
         dtype = config.dtype or torch.float32
@@ -64,6 +67,24 @@ def drawn(
         torch.manual_seed(seed)
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, **options)
     return model
+
+
+def check_tokenizer(reference: str) -> None:
+    """Raises UserError for a directory without a tokenizer, of which transformers makes an empty one."""
+    folder = Path(described_in(reference))
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in ("*token*", "vocab*", "*.model")):
+        raise UserError(f"{folder} has no tokenizer: tokenizer.json is missing beside config.json")
+
+
+def _check_keys(reference: str, config: Any) -> None:
+    """Warns of a key like one of the configuration's own, which transformers takes for an extra."""
+    file = Path(described_in(reference)) / "config.json"
+    if not file.is_file():
+        return
+    known = {*type(config)().to_dict(), *config.attribute_map}
+    for key in json.loads(file.read_text(encoding="utf-8")).keys() - known:
+        if hint := nearest(key, known):
+            warnings.warn(f"{file}: {type(config).__name__} has no key '{key}'{hint}", stacklevel=2)
 
 
 def _check_vocabulary(reference: str, config: Any) -> None:

@@ -121,7 +121,9 @@ def check(reference: str) -> None:
         if adapter.is_adapter(path):
             adapter.check(path)
         elif not (path / "config.json").is_file():
-            raise UserError(f"{path} holds no model: it has no config.json")
+            made = path / "models" / "pretrained"
+            hint = f"; it is a run, whose model is in {made}" if made.is_dir() else ""
+            raise UserError(f"{path} holds no model: it has no config.json{hint}")
         elif not drawn and not any(path.glob("*.safetensors")):
             raise UserError(
                 f"{path} has no weights in safetensors, the only form that is loaded; `pipeline replay` "
@@ -139,6 +141,7 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    fresh.check_tokenizer(location)
     with loading(location):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(fresh.described_in(location))
     if tokenizer.pad_token is None:
@@ -332,7 +335,8 @@ def loading(location: str) -> Iterator[None]:
     except StrictDataclassError as error:  # says what on its second line
         raise UserError(f"{location}: config.json: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, *_OF_VALUES) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        first = " ".join(lines[:3] if lines[0].rstrip().endswith(":") else lines[:1])  # a list follows
         offline = (
             " (no such directory here, and the hub was not reached)"
             if not os.path.exists(fresh.described_in(location))
