@@ -50,7 +50,7 @@ def test_images_go_the_way_that_texts_go(whole: Path, home: Path) -> None:
     metrics = json.loads((whole / "metrics.json").read_text())
     for row in ("test", "majority", "zero_shot", "linear_probe", "adamw"):
         assert 0.0 <= metrics[f"{row}/accuracy"] <= 1.0
-    assert metrics["forward_passes"] == 64
+    assert metrics["forward_passes"] == 51  # three steps of 17; 64 are allowed
     # the images are there, and their labels fit
     assert metrics["linear_probe/accuracy"] > metrics["majority/accuracy"] + 0.1
     assert metrics["majority/accuracy"] < 0.2
