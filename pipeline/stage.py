@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
@@ -140,10 +141,19 @@ def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     path.write_text(strict_json(metrics), encoding="utf-8")
 
 
-def write_predictions(path: Path, losses: Sequence[float], scores: Sequence[float]) -> None:
-    """Writes a line for each test target: its loss and whether it was predicted, or how well, from 0 to 1."""
-    rows = [f"{loss!r},{score:g}" for loss, score in zip(losses, scores, strict=True)]
-    path.write_text("\n".join(["loss,hit", *rows]) + "\n", encoding="utf-8")
+def write_predictions(
+    path: Path, losses: Sequence[float], scores: Sequence[float], written: Sequence[str] = ()
+) -> None:
+    """Writes a line for each test target: its loss and whether it was predicted, or how well, from 0 to 1.
+
+    Where the model writes, what it wrote stands beside that.
+    """
+    columns = [[repr(loss) for loss in losses], [f"{score:g}" for score in scores]]
+    columns += [list(written)] if written else []
+    with path.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(["loss", "hit", "written"][: len(columns)])
+        lines.writerows(zip(*columns, strict=True))
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

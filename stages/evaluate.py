@@ -47,7 +47,7 @@ def _test(context: Context, metrics: dict[str, float]) -> dict[str, float]:
     check_start(config.prepare.task, begin, "test")
     result = task.load(layout.finetuned).to(choose_device(config.device))
     test = tested(begin, result)
-    write_predictions(layout.predictions, test.losses, test.scores)
+    write_predictions(layout.predictions, test.losses, test.scores, test.written)
     rows = {"test": test.figures}
     write_metrics(layout.metrics, {**metrics, **_flat(rows)})  # whatever becomes of the yardsticks
     if config.evaluate.baselines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 from pathlib import Path
 
@@ -290,9 +291,15 @@ def test_a_run_by_a_reward_of_ones_own(gpt2: Path, texts: Path, tmp_path: Path) 
     assert not [key for key in metrics if key.startswith("adamw")], "there is no target to learn from"
     assert "takes the test score from" in (run / "report.md").read_text()
     assert "test score" in done.stdout
-    lines = (run / "predictions.csv").read_text().splitlines()
+    with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
     card = json.loads((run / "data" / "prepared" / "card.json").read_text())
-    assert len(lines) == 1 + card["task"]["splits"]["test"]["rows"]
+    assert len(lines) == card["task"]["splits"]["test"]["rows"]
+    good = [sum(word in ("good", "great", "fine") for word in each["written"].split()) for each in lines]
+    words = [max(1, len(each["written"].split())) for each in lines]
+    assert [float(each["hit"]) for each in lines] == pytest.approx(
+        [count / of for count, of in zip(good, words, strict=True)], abs=1e-5
+    )
     (tmp_path / "reward.py").unlink()  # a replay calls no objective
     replayed = pipeline("replay", "mine", home=tmp_path)
     assert "identical" in replayed.stdout, replayed.stderr

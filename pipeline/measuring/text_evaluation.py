@@ -85,7 +85,7 @@ class TextExaminer:
             figures |= {name: FIGURES[name](texts, references) for name in self._figures}
             each = [best(self._each, *pair) for pair in zip(texts, references, strict=True)]
         figures["words"] = float(np.mean([len(text.split()) for text in texts]))
-        return Tested({"loss": figures.pop("loss"), **figures}, losses, each)
+        return Tested({"loss": figures.pop("loss"), **figures}, losses, each, texts)
 
 
 @torch.inference_mode()

@@ -149,11 +149,15 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Tested:
-    """Held-out ``figures``, and of each test example its loss and how well it was answered, from 0 to 1."""
+    """Held-out ``figures``, and of each test example its loss and how well it was answered, from 0 to 1.
+
+    ``written`` has what a model wrote, where it writes.
+    """
 
     figures: dict[str, float]
     losses: list[float]
     scores: list[float]
+    written: list[str] = field(default_factory=list)
 
 
 class Examiner(Protocol):
