@@ -168,7 +168,7 @@ def run(
             "--forward-passes is fine-tuning's budget, and there is no task: set -S pretrain.forward_passes"
         )
     layout = Layout(runs.folder(name, chosen, make=not dry_run))
-    if stages[0] == "prepare":
+    if first is None:
         runs.refuse_to_replace(layout)
     if dry_run:
         typer.echo(runs.plan(chosen, layout, stages), nl=False)

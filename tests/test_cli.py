@@ -432,8 +432,9 @@ def test_a_run_is_not_replaced_by_its_name(
     assert kept.read_bytes() == left
     assert pipeline("run", "--resume", "mine", home=tmp_path).returncode == 0
     assert "holds a run already" in pipeline(*command, home=tmp_path).stderr
-    again = pipeline(*command, "--from", "finetune", home=tmp_path)
-    assert again.returncode == 0, again.stderr
+    for stage in ("finetune", "prepare"):
+        again = pipeline(*command, "--from", stage, home=tmp_path)
+        assert again.returncode == 0, again.stderr
 
 
 def test_a_budget_of_what_is_left_out_is_refused(bert: Path, tmp_path: Path) -> None:
