@@ -169,7 +169,7 @@ def test_a_run_whose_configuration_was_edited_does_not_go_on(gpt2: Path, tmp_pat
     (tmp_path / "corpus.txt").write_text("\n".join(sentences(200)[0]), encoding="utf-8")
     arguments = ["run", "--task", "none", "--model", "fresh:gpt", "-S", "prepare.corpus=[corpus.txt]"]
     arguments += ["-S", "prepare.corpus_validation_size=40", "-S", "pretrain.space=norms", "--name", "mine"]
-    arguments += ["-S", "pretrain.evaluate_every=8", "-S", "pretrain.forward_passes=100000"]
+    arguments += ["-S", "pretrain.evaluate_every=8", "-S", "pretrain.forward_passes=4000"]
     kill_within(tmp_path / "runs" / "mine" / "models" / ".pretrained.partial", arguments, tmp_path)
     edit(folder, initializer_range=0.5)
     done = pipeline("run", "--resume", "mine", home=tmp_path)
