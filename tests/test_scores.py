@@ -61,6 +61,7 @@ def test_figures_of_what_is_written_by_hand() -> None:
     found = examiner.test(Fixed("the c", "x y z"), [batch])
     tokens = [-math.log(0.75), -math.log(0.5), -math.log(0.1)]
     assert found.losses == pytest.approx([(tokens[0] + tokens[1]) / 2, tokens[2]])
+    assert found.written == ["the c", "x y z"]
     assert found.scores == [1.0, 0.0]  # the reference that fits best counts, articles do not
     assert found.figures == pytest.approx(
         {
